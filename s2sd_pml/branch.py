@@ -1,0 +1,82 @@
+"""One metric-learning branch: a loss and a miner in one embedding space."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import FeatureShapeError, UnsupportedLossError
+from .functional import full_precision
+
+
+class Branch(nn.Module):
+    """An auxiliary branch: head g, its own loss L and its own miner.
+
+    The head may run under autocast; loss and miner never do.
+    """
+
+    def __init__(self, head: nn.Module, loss: nn.Module, miner: nn.Module | None) -> None:
+        super().__init__()
+        self.head = head
+        self.loss = loss
+        self.miner = miner
+
+    def project(self, features: Tensor, dim: int) -> Tensor:
+        """g(φ), (B, F) -> (B, dim), in the head's own precision."""
+        parameter = next(self.head.parameters(), None)
+        if parameter is not None and not torch.is_autocast_enabled():
+            features = features.to(parameter.dtype)
+        embeddings: Tensor = self.head(features)
+        if embeddings.shape != (len(features), dim):
+            raise FeatureShapeError(
+                f"The head for dimension {dim} turned features of shape {tuple(features.shape)} "
+                f"into {tuple(embeddings.shape)}. It must return ({len(features)}, {dim})."
+            )
+        return embeddings
+
+
+def metric_loss(
+    loss: Any,
+    miner: Any,
+    embeddings: Tensor,
+    labels: Tensor | None,
+    indices_tuple: Any = None,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+) -> Tensor:
+    """L(embeddings) in float32 (float64 stays), autocast off: a scalar.
+
+    A given ``indices_tuple`` replaces the miner. Only what was given is passed on: PML compares
+    ``ref_emb`` with ``embeddings`` by identity, and some losses take fewer arguments.
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        same = ref_emb is embeddings
+        embeddings = full_precision(embeddings)
+        given: dict[str, Any] = {}
+        if ref_emb is not None:
+            given["ref_emb"] = embeddings if same else full_precision(ref_emb)
+        if ref_labels is not None:
+            given["ref_labels"] = ref_labels
+        if indices_tuple is None and miner is not None:
+            indices_tuple = miner(embeddings, labels, **given)
+        if indices_tuple is not None:
+            given["indices_tuple"] = indices_tuple
+        value: Any = (
+            loss(embeddings, **given) if labels is None else loss(embeddings, labels, **given)
+        )
+    if isinstance(value, dict):
+        raise UnsupportedLossError(
+            f"{type(loss).__name__} returned a dict with keys {sorted(value)}: its reducer does "
+            "not reduce. Give it a reducer that returns a scalar, such as MeanReducer()."
+        )
+    if not isinstance(value, Tensor):  # PML returns the number 0 where a batch holds no pairs
+        return embeddings.sum() * 0 + value
+    if value.numel() != 1:
+        raise UnsupportedLossError(
+            f"{type(loss).__name__} returned a tensor of shape {tuple(value.shape)}. "
+            "A base loss must return a scalar: reduce it, for example with .mean()."
+        )
+    scalar: Tensor = value.reshape(())
+    return scalar

@@ -1,0 +1,97 @@
+"""What can be wrong with a batch, refused with the values seen and the mend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pytorch_metric_learning import losses
+from torch import Tensor, nn
+
+from .capture import FeatureCapture
+from .errors import BatchError, DistributedError, FeatureShapeError, MissingFeaturesError
+
+
+def floating(x: Any, name: str) -> None:
+    """Refuse what is not a floating point tensor."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        seen = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+        raise BatchError(f"{name} must be a floating point tensor but is {seen}.")
+
+
+def batch(embeddings: Any, labels: Any, ref_emb: Any, loss: nn.Module) -> None:
+    """Embeddings (B, D) with labels (B,) or none."""
+    floating(embeddings, "embeddings")
+    if embeddings.ndim != 2 or 0 in embeddings.shape:
+        raise BatchError(
+            f"embeddings have shape {tuple(embeddings.shape)}. Pass (batch, embedding size), both "
+            "above 0; skip empty batches (drop_last=True)."
+        )
+    if labels is not None:
+        if not isinstance(labels, Tensor):
+            raise BatchError(f"labels are {type(labels).__name__}. Pass torch.as_tensor(labels).")
+        if labels.shape != embeddings.shape[:1]:
+            raise BatchError(
+                f"labels have shape {tuple(labels.shape)} but there are {len(embeddings)} "
+                f"embeddings. Pass labels of shape ({len(embeddings)},)."
+            )
+    if ref_emb is not None:
+        if isinstance(loss, (losses.CrossBatchMemory, losses.MultipleLosses)):
+            raise BatchError(
+                f"{type(loss).__name__} takes no ref_emb. Leave it out; its reference embeddings "
+                "are its own."
+            )
+        floating(ref_emb, "ref_emb")
+        if ref_emb.ndim != 2:
+            raise BatchError(f"ref_emb has shape {tuple(ref_emb.shape)}. Pass (references, size).")
+
+
+def captured(capture: FeatureCapture | None, embeddings: Tensor, name: str) -> Tensor:
+    """The captured features of these embeddings."""
+    if capture is None:
+        raise MissingFeaturesError(
+            f"No {name}: pass {name}=<features (B, F) or map (B, C, H, W)> to the loss, or build "
+            "it with embedder=<module whose input is the features> or trunk=<module whose output "
+            "is>. An unpickled loss has lost its capture: assign loss_func.capture = "
+            "FeatureCapture(embedder)."
+        )
+    return capture.features_of(embeddings)
+
+
+def same_rows(features: Any, embeddings: Tensor, name: str) -> None:
+    """One row of features for each embedding, on the same device."""
+    floating(features, name)
+    if features.ndim == 0 or len(features) != len(embeddings):
+        raise FeatureShapeError(
+            f"{name} has shape {tuple(features.shape)} but there are {len(embeddings)} embeddings. "
+            "Pass the features of the same batch, in the same order."
+        )
+    if features.device != embeddings.device:
+        raise FeatureShapeError(
+            f"{name} is on {features.device} and the embeddings are on {embeddings.device}. "
+            f"Pass {name}.to({str(embeddings.device)!r})."
+        )
+
+
+def width(pooled: Tensor, dim: int | None, shape: tuple[int, ...], name: str) -> None:
+    """Pooled features of width feature_dim, where that is known."""
+    if dim is not None and pooled.shape[1] != dim:
+        raise FeatureShapeError(
+            f"{name} of shape {shape} has width {pooled.shape[1]} after pooling, but "
+            f"feature_dim={dim}. Pass the features that the embedder takes, or the right "
+            "feature_dim."
+        )
+
+
+def gatherable(indices_tuple: Any, ref_emb: Any) -> None:
+    """Refuse what cannot be brought together over ranks."""
+    for name, value in (("indices_tuple", indices_tuple), ("ref_emb", ref_emb)):
+        if value is not None:
+            raise DistributedError(
+                f"{name} was given, of this rank's batch, but gather_distributed=True works on the "
+                "global batch. "
+                + (
+                    "Pass the miner to S2SDLoss instead."
+                    if name == "indices_tuple"
+                    else "Leave it out, or use gather_distributed=False."
+                )
+            )

@@ -1,0 +1,94 @@
+"""The auxiliary projection head and the pooling of feature maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ArgumentError, FeatureShapeError
+
+Pooling = str | Callable[[Tensor], Tensor]
+POOLINGS = ("avg", "avg+max")
+
+
+class ProjectionHead(nn.Module):
+    r"""The paper's auxiliary head :math:`g(\varphi) = W_2\,\mathrm{relu}(W_1 \varphi + b_1) + b_2`.
+
+    Args:
+        in_dim: feature dimension F.
+        out_dim: dimension d of the auxiliary space; also the width of the hidden layer.
+
+    Shape:
+        features (B, F) -> embeddings (B, d), not normalised.
+
+    Source:
+        Roth et al., ICML 2021, section 3.2 (arXiv 2009.08348).
+
+    Example:
+        >>> import torch
+        >>> ProjectionHead(16, 64)(torch.randn(4, 16)).shape
+        torch.Size([4, 64])
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(in_dim, out_dim)
+        self.output = nn.Linear(out_dim, out_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        embeddings: Tensor = self.output(torch.relu(self.hidden(features)))
+        return embeddings
+
+
+def check_pooling(pooling: object) -> None:
+    """Refuse a pooling that is neither known by name nor callable."""
+    if pooling not in POOLINGS and not callable(pooling):
+        raise ArgumentError(
+            f"pooling={pooling!r} is unknown. "
+            "Use 'avg', 'avg+max' or a callable that maps features to (B, F)."
+        )
+
+
+def pool(features: Tensor, pooling: Pooling) -> Tensor:
+    """Pool a feature map (B, C, H, W) to (B, C); pooled features (B, F) pass unchanged under "avg".
+
+    Args:
+        features: (B, F) or (B, C, H, W).
+        pooling: "avg" is global average pooling, "avg+max" adds global max pooling to it (a sum, as
+            in MSDFA), a callable does what it likes.
+
+    Raises:
+        FeatureShapeError: for another shape, and for "avg+max" of features that are pooled already.
+
+    Example:
+        >>> import torch
+        >>> pool(torch.ones(2, 3, 4, 4), "avg+max")
+        tensor([[2., 2., 2.],
+                [2., 2., 2.]])
+    """
+    if callable(pooling):
+        pooled = pooling(features)
+        if not isinstance(pooled, Tensor) or pooled.ndim != 2:
+            seen = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+            raise FeatureShapeError(
+                f"pooling={pooling!r} turned features of shape {tuple(features.shape)} into "
+                f"{seen}. It must return a tensor of shape (B, F)."
+            )
+        return pooled
+    if features.ndim == 4:
+        average = features.mean(dim=(2, 3))
+        return average if pooling == "avg" else average + features.amax(dim=(2, 3))
+    if features.ndim == 2 and pooling == "avg":
+        return features
+    if features.ndim == 2:
+        raise FeatureShapeError(
+            f"pooling='avg+max' needs a feature map (B, C, H, W) but the features have shape "
+            f"{tuple(features.shape)}: they are pooled already. Pass trunk=<the module that "
+            "outputs the map> or features=<the map>, or use pooling='avg'."
+        )
+    raise FeatureShapeError(
+        f"Features have shape {tuple(features.shape)}. Pass pooled features (B, F) or a map "
+        "(B, C, H, W), or give pooling= a callable that returns (B, F)."
+    )

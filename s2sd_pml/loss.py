@@ -1,0 +1,366 @@
+"""S2SDLoss: the paper's objective around any metric-learning loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from pytorch_metric_learning.losses import SelfSupervisedLoss
+from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
+from torch import Tensor, nn
+
+from . import checks, distributed, groups, settings
+from .branch import Branch, metric_loss
+from .capture import FeatureCapture
+from .cloning import clone_loss, clone_miner
+from .errors import ArgumentError
+from .functional import relation_kl
+from .guard import OptimizerGuard
+from .heads import Pooling, ProjectionHead, pool
+from .settings import value_of
+
+Schedule = float | Callable[[int], float]
+PAPER_HEAD_DIMS = (512, 1024, 1536, 2048)
+RECORDS = ["base_loss", "aux_loss", "distill_loss", "feature_distill_loss"]
+
+
+class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
+    r"""Simultaneous Similarity-based Self-Distillation (S2SD) around a metric-learning loss.
+
+    With features :math:`\varphi` (B, F), embeddings :math:`\psi = f(\varphi)` (B, D), heads
+    :math:`g_1 \dots g_m`, a base loss L and
+    :math:`\mathrm{KL}(t \to s)` as in :func:`~s2sd_pml.functional.relation_kl`:
+
+    .. math::
+        \tfrac12\Big[L(\psi) + \tfrac1m\sum_i L_i(g_i(\varphi))\Big]
+        + \gamma\,\tfrac1m\sum_i \mathrm{KL}(g_i(\varphi) \to \psi)
+        + \gamma_f\,\mathrm{KL}(\varphi \to \psi)
+
+    The last term is absent before training step ``feature_delay``. Each L_i is an independent copy
+    of L with an independent copy of the miner. Teachers are detached: the KL terms reach the
+    embedder and, through it, the trunk. Without heads the first bracket is L(ψ) alone; with
+    ``feature_weight=0`` as well, and in ``eval()`` mode, the wrapper is the base loss.
+
+    **The heads are parameters**: put ``loss_func.parameters()`` into an optimizer, or call
+    :meth:`add_to`. A warning tells if they do not move while the model does.
+
+    Args:
+        loss: a PML loss, or a factory ``embedding size -> loss`` for losses that
+            :func:`~s2sd_pml.clone_loss` does not know.
+        miner: a PML miner, copied for every branch; or None.
+        feature_dim: F. Inferred from ``embedder`` if its first layer with parameters is nn.Linear.
+        embedder: the module whose input is the features. They are captured as it is called.
+        trunk: or the module whose output is the features.
+        head_dims: the dimensions of the auxiliary heads, all different.
+        head: ``(F, d) -> module`` that maps (B, F) to (B, d).
+        weight: γ >= 0, or a function of the training step.
+        temperature: T > 0.
+        feature_weight: γ_f >= 0, or a function of the training step. 0: no feature distillation.
+        feature_delay: the training step, counted from 0, at which feature distillation starts.
+        pooling: "avg", "avg+max" (of a feature map) or a callable; see :func:`s2sd_pml.heads.pool`.
+        exclude_self: leave each sample's similarity to itself out of the softmaxes.
+        chunk_size: rows of the similarity matrices held at once; None: all.
+        gather_distributed: the batch is the global one, of all ranks of torch.distributed.
+        embedding_size: D. Needed only for a factory where ``embedder`` does not tell it.
+
+    Attributes:
+        components: after forward, detached scalars: "base", "aux", "distill", "feature_distill"
+            (unweighted; 0 where a term is not in force), and "aux_<d>" and "distill_<d>" per head.
+        step: training forwards so far, a buffer that is saved and restored with the state_dict.
+        capture: the FeatureCapture in use, or None. Assign one after unpickling a loss.
+
+    Raises:
+        S2SDError: a subclass, whose message names the values seen and the mend.
+
+    Source:
+        Roth et al., "Simultaneous Similarity-based Self-Distillation for Deep Metric Learning",
+        ICML 2021 (arXiv 2009.08348). The defaults are the paper's MSDF.
+
+    Example:
+        >>> import torch
+        >>> from pytorch_metric_learning import losses, miners
+        >>> trunk, embedder = nn.Linear(20, 32), nn.Linear(32, 8)
+        >>> loss_func = S2SDLoss(
+        ...     losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner(),
+        ...     embedder=embedder, head_dims=(64, 128))
+        >>> optimizer = torch.optim.Adam([*trunk.parameters(), *embedder.parameters()], lr=1e-3)
+        >>> loss_func = loss_func.add_to(optimizer)
+        >>> embeddings = embedder(trunk(torch.randn(12, 20)))
+        >>> loss_func(embeddings, torch.arange(12) % 3).backward()
+        >>> sorted(loss_func.project(torch.randn(5, 32)))
+        [64, 128]
+    """
+
+    loss: nn.Module
+    miner: nn.Module | None
+    step: Tensor
+
+    def __init__(
+        self,
+        loss: nn.Module | Callable[[int], nn.Module],
+        miner: nn.Module | None = None,
+        *,
+        feature_dim: int | None = None,
+        embedder: nn.Module | None = None,
+        trunk: nn.Module | None = None,
+        head_dims: Sequence[int] = PAPER_HEAD_DIMS,
+        head: Callable[[int, int], nn.Module] = ProjectionHead,
+        weight: Schedule = 50.0,
+        temperature: float = 1.0,
+        feature_weight: Schedule = 50.0,
+        feature_delay: int = 1000,
+        pooling: Pooling = "avg",
+        exclude_self: bool = False,
+        chunk_size: int | None = None,
+        gather_distributed: bool = False,
+        embedding_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.temperature = temperature
+        self.feature_weight = feature_weight
+        self.feature_delay = feature_delay
+        self.pooling = pooling
+        self.exclude_self = exclude_self
+        self.chunk_size = chunk_size
+        self.gather_distributed = gather_distributed
+        self.head_dims = settings.head_dims(head_dims)
+        settings.scalars(self)
+        settings.modules(loss, miner, embedder, trunk, head)
+        self.feature_dim = settings.feature_dim(feature_dim, embedder, trunk, needed=self._distils)
+        self.loss = settings.base_loss(loss, embedding_size, embedder)
+        self.miner = miner
+        self.branches = nn.ModuleDict()
+        for dim in self.head_dims:
+            assert self.feature_dim is not None
+            self.branches[f"head_{dim}"] = Branch(
+                settings.head_module(head(self.feature_dim, dim), self.feature_dim, dim),
+                clone_loss(loss, dim)
+                if isinstance(loss, nn.Module)
+                else settings.made_by(loss, dim),
+                None if miner is None else clone_miner(miner),
+            )
+        self.register_buffer("step", torch.tensor(0))
+        self.capture: FeatureCapture | None = None
+        if self._distils and embedder is not None:
+            self.capture = FeatureCapture(embedder, "input")
+        elif self._distils and trunk is not None:
+            self.capture = FeatureCapture(trunk, "output")
+        self.components: dict[str, Tensor] = {}
+        self._guard = OptimizerGuard()
+        self.add_to_recordable_attributes(list_of_names=RECORDS, is_stat=True)
+
+    @classmethod
+    def dsd(cls, loss: Any, miner: Any = None, **kwargs: Any) -> S2SDLoss:
+        """DSD: one head (of the largest published dimension, 2048), no feature distillation."""
+        self = cls(loss, miner, **{"head_dims": (2048,), "feature_weight": 0.0, **kwargs})
+        if len(self.head_dims) != 1:
+            raise ArgumentError(f"DSD has one head, not head_dims={self.head_dims}. Use msd.")
+        return self
+
+    @classmethod
+    def msd(cls, loss: Any, miner: Any = None, **kwargs: Any) -> S2SDLoss:
+        """MSD: several heads, no feature distillation."""
+        return cls(loss, miner, **{"feature_weight": 0.0, **kwargs})
+
+    @classmethod
+    def msdf(cls, loss: Any, miner: Any = None, **kwargs: Any) -> S2SDLoss:
+        """MSDF: several heads and, from step ``feature_delay`` on, feature distillation."""
+        return cls(loss, miner, **kwargs)
+
+    @classmethod
+    def msdfa(cls, loss: Any, miner: Any = None, **kwargs: Any) -> S2SDLoss:
+        """MSDFA: MSDF on the sum of average- and max-pooled feature maps."""
+        return cls(loss, miner, **{"pooling": "avg+max", **kwargs})
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Any = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        *,
+        features: Tensor | None = None,
+        ref_features: Tensor | None = None,
+    ) -> Tensor:
+        """The S2SD objective for one batch; the base loss in ``eval()`` mode.
+
+        Args:
+            embeddings: ψ, (B, D), as the model returns them.
+            labels: (B,) class labels, or None for losses without.
+            indices_tuple: pairs or triplets of a miner outside. Without a miner of its own, every
+                branch uses it; else it serves the base branch and the others mine for themselves.
+            ref_emb: (R, D) reference embeddings, for losses that compare with them.
+            ref_labels: (R,) labels of ``ref_emb``.
+            features: φ, (B, F) or a map (B, C, H, W). Default: what was captured.
+            ref_features: the features of ``ref_emb``. Default: what was captured.
+
+        Returns:
+            A scalar.
+        """
+        self.reset_stats()
+        if isinstance(self.loss, SelfSupervisedLoss) and ref_emb is None:
+            labels, ref_emb = None, labels  # that loss is called with (embeddings, ref_emb)
+        checks.batch(embeddings, labels, ref_emb, self.loss)
+        if not self.training:
+            args = (labels, indices_tuple, ref_emb, ref_labels)
+            loss = metric_loss(self.loss, self.miner, embeddings, *args)
+            return self._finish(loss, loss, [], loss.new_zeros(0))
+
+        step = int(self.step)
+        φ, projected = self._features_and_projections(features, embeddings, "features")
+        _, projected_ref = self._features_and_projections(ref_features, ref_emb, "ref_features")
+        ψ, rows, share = embeddings, None, 1.0
+        if self.gather_distributed and distributed.world_size() > 1:
+            checks.gatherable(indices_tuple, ref_emb)
+            ψ, projected, φ, labels, rows, share = distributed.gather_batch(ψ, projected, φ, labels)
+
+        # 1/2 [ L(ψ) + mean_i L(g_i(φ)) ]
+        base = metric_loss(self.loss, self.miner, ψ, labels, indices_tuple, ref_emb, ref_labels)
+        aux = [
+            metric_loss(
+                branch.loss,
+                branch.miner,
+                projected[name],
+                labels,
+                indices_tuple if branch.miner is None else None,
+                projected_ref.get(name),
+                ref_labels,
+            )
+            for name, branch in self._branches()
+        ]
+        loss = (base + torch.stack(aux).mean()) / 2 if aux else base
+
+        # γ mean_i KL(g_i(φ) -> ψ) + γ_f KL(φ -> ψ)
+        γ, γ_f = (value_of(n, getattr(self, n), step) for n in ("weight", "feature_weight"))
+        teachers, weights = list(projected.values()), [γ / len(aux) for _ in aux]
+        if φ is not None and self._distils_features and step >= self.feature_delay:
+            teachers, weights = [*teachers, φ], [*weights, γ_f]
+        kl = loss.new_zeros(0)
+        if teachers:
+            distillation, kl = relation_kl(
+                ψ,
+                teachers,
+                weights=weights,
+                temperature=self.temperature,
+                exclude_self=self.exclude_self,
+                chunk_size=self.chunk_size,
+                rows=rows,
+            )
+            if rows is not None:
+                distillation, kl = distributed.share_of_rank(distillation, kl, share)
+            loss = loss + distillation
+
+        if any(a.requires_grad for a in aux):
+            self._guard.check({name: branch.head for name, branch in self._branches()}, embeddings)
+        if torch.is_grad_enabled():
+            self.step.add_(1)
+        return self._finish(loss, base, aux, kl)
+
+    def project(self, features: Tensor) -> dict[int, Tensor]:
+        """The heads as embedders, for evaluating the teachers.
+
+        Args:
+            features: (N, F), or a map (N, C, H, W).
+
+        Returns:
+            head dimension d -> L2-normalised head output (N, d).
+        """
+        projected = self._project(self._pooled(features, "features"))
+        return {
+            d: nn.functional.normalize(z, dim=1)
+            for d, z in zip(self.head_dims, projected.values(), strict=True)
+        }
+
+    def param_groups(
+        self, lr: float, weight_decay: float = 0.0, loss_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups: the heads, and the parameters of base and branch losses, if any.
+
+        Args:
+            lr: learning rate of the heads.
+            weight_decay: of the heads (the paper's is 0). Loss parameters never decay.
+            loss_lr: learning rate of the losses' own parameters, such as proxies or a learnable
+                margin; default ``lr``.
+        """
+        heads = [p for _, branch in self._branches() for p in branch.head.parameters()]
+        return groups.split(self, heads, lr, weight_decay, lr if loss_lr is None else loss_lr)
+
+    def add_to(self, optimizer: torch.optim.Optimizer, **group: Any) -> S2SDLoss:
+        """Add the groups of :meth:`param_groups` to an optimizer, and return the loss.
+
+        Args:
+            optimizer: built over the model; its learning rate is the default for ``lr``.
+            **group: lr, weight_decay, loss_lr, and further options of the optimizer's groups.
+
+        Raises:
+            OptimizerError: if a scheduler holds the optimizer's groups already.
+
+        Parameters that the optimizer holds already are left where they are.
+        """
+        own = {k: group.pop(k) for k in ("lr", "weight_decay", "loss_lr") if k in group}
+        own.setdefault("lr", optimizer.defaults.get("lr"))
+        groups.add(optimizer, self.param_groups(**own), group)
+        return self
+
+    def extra_repr(self) -> str:
+        names = "feature_dim head_dims weight temperature feature_weight feature_delay pooling"
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
+
+    @property
+    def _distils_features(self) -> bool:
+        return callable(self.feature_weight) or self.feature_weight != 0
+
+    @property
+    def _distils(self) -> bool:
+        return bool(self.head_dims) or self._distils_features
+
+    def _branches(self) -> Iterable[tuple[str, Branch]]:
+        return self.branches.items()  # type: ignore[return-value]
+
+    def _features_and_projections(
+        self, features: Tensor | None, embeddings: Tensor | None, name: str
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """φ and g_i(φ) of these embeddings, of the features given, or else of those captured."""
+        if embeddings is None or not self._distils:
+            return None, {}
+        if features is None:
+            features = checks.captured(self.capture, embeddings, name)
+        checks.same_rows(features, embeddings, name)
+        φ = self._pooled(features, name)
+        return φ, self._project(φ)
+
+    def _pooled(self, features: Tensor, name: str) -> Tensor:
+        checks.floating(features, name)
+        pooled = pool(features, self.pooling)
+        checks.width(pooled, self.feature_dim, tuple(features.shape), name)
+        return pooled
+
+    def _project(self, features: Tensor) -> dict[str, Tensor]:
+        parameter = next(self.branches.parameters(), None)
+        if parameter is not None and parameter.device != features.device:
+            self.to(features.device)  # as PML's losses move their parameters themselves
+        return {
+            name: branch.project(features, dim)
+            for (name, branch), dim in zip(self._branches(), self.head_dims, strict=True)
+        }
+
+    def _finish(self, loss: Tensor, base: Tensor, aux: list[Tensor], kl: Tensor) -> Tensor:
+        """Keep the components, all keys every time: loggers want series of equal length."""
+        zero, heads = loss.new_zeros(()), range(len(self.head_dims))
+        terms = [a.detach() for a in aux] or [zero for _ in heads]
+        divergences = list(kl[: len(heads)]) or [zero for _ in heads]
+        self.components = {
+            "base": base.detach(),
+            "aux": torch.stack(terms).mean() if terms else zero,
+            "distill": torch.stack(divergences).mean() if divergences else zero,
+            "feature_distill": kl[len(heads)] if len(kl) > len(heads) else zero,
+        }
+        for dim, term, divergence in zip(self.head_dims, terms, divergences, strict=True):
+            self.components |= {f"aux_{dim}": term, f"distill_{dim}": divergence}
+        if self.collect_stats:
+            for record in RECORDS:
+                setattr(self, record, self.components[record.removesuffix("_loss")].item())
+        return loss

@@ -1,0 +1,204 @@
+"""What can be wrong when an S2SDLoss is built, refused with the values seen and the mend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pytorch_metric_learning.reducers import DoNothingReducer
+from pytorch_metric_learning.utils.distributed import (
+    DistributedLossWrapper,
+    DistributedMinerWrapper,
+)
+from torch import nn
+
+from .errors import (
+    ArgumentError,
+    CloneError,
+    UnsupportedLossError,
+)
+from .heads import check_pooling
+
+
+def head_dims(dims: Sequence[int]) -> tuple[int, ...]:
+    """Whole numbers above 0, all different."""
+    if isinstance(dims, (int, str)) or not all(
+        isinstance(d, int) and not isinstance(d, bool) and d > 0 for d in dims
+    ):
+        raise ArgumentError(
+            f"head_dims={dims!r} must be a sequence of whole numbers above 0, such as (512, 1024)."
+        )
+    if len(set(dims)) < len(dims):
+        raise ArgumentError(
+            f"head_dims={tuple(dims)} repeats a dimension; heads are known by their dimension. "
+            "Use neighbouring ones, such as (512, 513)."
+        )
+    return tuple(dims)
+
+
+def value_of(name: str, schedule: Any, step: int) -> float:
+    """A weight at a training step, finite and at least 0."""
+    value = schedule(step) if callable(schedule) else schedule
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:
+        at = f" at step {step}" if callable(schedule) else ""
+        raise ArgumentError(
+            f"{name}={value!r}{at} must be a finite number of at least 0, or a function of the "
+            "training step that returns one."
+        )
+    return float(value)
+
+
+def scalars(loss: Any) -> None:
+    """The scalar settings of an S2SDLoss."""
+    for name in ("weight", "feature_weight"):
+        if not callable(getattr(loss, name)):
+            value_of(name, getattr(loss, name), 0)
+    t = loss.temperature
+    if not isinstance(t, (int, float)) or isinstance(t, bool) or not (t > 0 and math.isfinite(t)):
+        raise ArgumentError(f"temperature={t!r} must be a finite number above 0.")
+    whole("feature_delay", loss.feature_delay, at_least=0)
+    if loss.chunk_size is not None:
+        whole("chunk_size", loss.chunk_size, at_least=1, otherwise=" or None")
+    for name in ("exclude_self", "gather_distributed"):
+        if not isinstance(getattr(loss, name), bool):
+            raise ArgumentError(f"{name}={getattr(loss, name)!r} must be True or False.")
+    check_pooling(loss.pooling)
+
+
+def whole(name: str, value: object, at_least: int, otherwise: str = "") -> None:
+    """Refuse what is not a whole number in range."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ArgumentError(
+            f"{name}={value!r} must be a whole number of at least {at_least}{otherwise}."
+        )
+
+
+def modules(loss: Any, miner: Any, embedder: Any, trunk: Any, head: Any) -> None:
+    """The types of the parts, and combinations that exclude each other."""
+    if isinstance(loss, type):
+        raise ArgumentError(
+            f"loss={loss.__name__} is a class. Pass an instance, {loss.__name__}(...), or a "
+            f"factory lambda dim: {loss.__name__}(...)."
+        )
+    if not isinstance(loss, nn.Module) and not callable(loss):
+        raise ArgumentError(
+            f"loss={loss!r} must be a PML loss or a factory `embedding size -> loss`."
+        )
+    if miner is not None and not isinstance(miner, nn.Module):
+        hint = " Pass an instance." if isinstance(miner, type) else ""
+        raise ArgumentError(f"miner={miner!r} must be a PML miner or None.{hint}")
+    if isinstance(miner, DistributedMinerWrapper):
+        raise UnsupportedLossError(
+            "The miner is a DistributedMinerWrapper. Pass the miner inside it and "
+            "S2SDLoss(..., gather_distributed=True): every branch then mines the global batch."
+        )
+    if embedder is not None and trunk is not None:
+        raise ArgumentError(
+            f"Both embedder={type(embedder).__name__} and trunk={type(trunk).__name__} were given. "
+            "Pass one: the embedder's input or the trunk's output are the features."
+        )
+    for name, module in (("embedder", embedder), ("trunk", trunk)):
+        if module is not None and not isinstance(module, nn.Module):
+            raise ArgumentError(
+                f"{name}={module!r} must be an nn.Module, not {type(module).__name__}."
+            )
+    if not callable(head):
+        raise ArgumentError(f"head={head!r} must be a callable (in_dim, out_dim) -> nn.Module.")
+
+
+def feature_dim(given: Any, embedder: Any, trunk: Any, *, needed: bool) -> int | None:
+    """F, as given or as the embedder's first layer tells it."""
+    first = None if embedder is None else _first_with_parameters(embedder)
+    inferred = first.in_features if isinstance(first, nn.Linear) else None
+    inferred = inferred or None  # a lazy layer does not know yet
+    if given is not None:
+        whole("feature_dim", given, at_least=1, otherwise=" or None")
+        if inferred not in (None, given):
+            raise ArgumentError(
+                f"feature_dim={given} but the embedder takes {inferred} features. Leave it out."
+            )
+        return int(given)
+    if inferred is None and needed:
+        seen = (
+            f"the embedder {type(embedder).__name__} does not start with nn.Linear"
+            if embedder is not None
+            else f"a trunk {type(trunk).__name__} does not tell"
+            if trunk is not None
+            else "neither embedder nor trunk was given"
+        )
+        raise ArgumentError(
+            f"The feature dimension is unknown: {seen}. Pass feature_dim=<width of the trunk's "
+            "pooled output>, or embedder=<the nn.Linear that makes the embeddings>."
+        )
+    return inferred
+
+
+def _first_with_parameters(module: nn.Module) -> nn.Module | None:
+    """The first layer, in order of a Sequential, that is more than pooling, dropout or a ReLU."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return _first_with_parameters(module.module)
+    if isinstance(module, nn.Sequential):
+        layers = (_first_with_parameters(child) for child in module)
+        return next((layer for layer in layers if layer is not None), None)
+    return module if next(module.parameters(), None) is not None else None
+
+
+def base_loss(loss: Any, embedding_size: int | None, embedder: Any) -> nn.Module:
+    """The base loss itself, or what a factory makes for the embedding size."""
+    if not isinstance(loss, nn.Module):
+        if embedding_size is None and embedder is not None:
+            linears = [m for m in embedder.modules() if isinstance(m, nn.Linear)]
+            embedding_size = linears[-1].out_features if linears else None
+        if embedding_size is None:
+            raise ArgumentError(
+                "The loss is a factory and the size of the base embedding is unknown. Pass "
+                "embedding_size=..., or embedder=<a module that ends in nn.Linear>."
+            )
+        whole("embedding_size", embedding_size, at_least=1)
+        loss = made_by(loss, embedding_size)
+    supported(loss)
+    return loss  # type: ignore[no-any-return]
+
+
+def made_by(factory: Callable[[int], Any], dim: int) -> nn.Module:
+    """The factory's loss for a dimension."""
+    loss = factory(dim)
+    if not isinstance(loss, nn.Module):
+        raise CloneError(
+            f"The loss factory returned {type(loss).__name__} for dimension {dim}. "
+            "It must return an nn.Module: lambda dim: Loss(..., embedding_size=dim)."
+        )
+    return loss
+
+
+def supported(loss: nn.Module) -> None:
+    """Refuse base losses that cannot work inside S2SDLoss."""
+    for module in loss.modules():
+        if "S2SDLoss" in (c.__name__ for c in type(module).__mro__):
+            raise UnsupportedLossError(
+                "The base loss is an S2SDLoss already. Wrap the loss once, and give all dimensions "
+                "as head_dims."
+            )
+        if isinstance(module, DoNothingReducer):
+            raise UnsupportedLossError(
+                f"{type(loss).__name__} has a DoNothingReducer and returns a dict. Give it a "
+                "reducer that returns a scalar, such as MeanReducer()."
+            )
+        if isinstance(module, DistributedLossWrapper):
+            raise UnsupportedLossError(
+                f"The base loss is wrapped in DistributedLossWrapper, which gathers embeddings but "
+                f"not features. Pass the {type(module.loss).__name__} inside it and "
+                "S2SDLoss(..., gather_distributed=True)."
+            )
+
+
+def head_module(head: Any, in_dim: int, out_dim: int) -> nn.Module:
+    """What the head callable made."""
+    if not isinstance(head, nn.Module):
+        raise ArgumentError(
+            f"head({in_dim}, {out_dim}) returned {type(head).__name__}. It must return an "
+            f"nn.Module that maps (B, {in_dim}) to (B, {out_dim})."
+        )
+    return head
