@@ -26,7 +26,7 @@ class Branch(nn.Module):
     def project(self, features: Tensor, dim: int) -> Tensor:
         """g(φ), (B, F) -> (B, dim), in the head's own precision."""
         parameter = next(self.head.parameters(), None)
-        if parameter is not None and not torch.is_autocast_enabled():
+        if parameter is not None:
             features = features.to(parameter.dtype)
         embeddings: Tensor = self.head(features)
         if embeddings.shape != (len(features), dim):
@@ -72,7 +72,7 @@ def metric_loss(
             "not reduce. Give it a reducer that returns a scalar, such as MeanReducer()."
         )
     if not isinstance(value, Tensor):  # PML returns the number 0 where a batch holds no pairs
-        return embeddings.sum() * 0 + value
+        return embeddings.sum() * 0 + float(value)
     if value.numel() != 1:
         raise UnsupportedLossError(
             f"{type(loss).__name__} returned a tensor of shape {tuple(value.shape)}. "

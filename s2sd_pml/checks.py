@@ -82,10 +82,10 @@ def width(pooled: Tensor, dim: int | None, shape: tuple[int, ...], name: str) ->
         )
 
 
-def gatherable(indices_tuple: Any, ref_emb: Any) -> None:
+def gatherable(world_size: int, indices_tuple: Any, ref_emb: Any) -> None:
     """Refuse what cannot be brought together over ranks."""
     for name, value in (("indices_tuple", indices_tuple), ("ref_emb", ref_emb)):
-        if value is not None:
+        if world_size > 1 and value is not None:
             raise DistributedError(
                 f"{name} was given, of this rank's batch, but gather_distributed=True works on the "
                 "global batch. "

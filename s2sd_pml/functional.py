@@ -180,7 +180,10 @@ class _RelationKL(torch.autograd.Function):
         if grad_total is None:
             return None, *nones
         (grad,) = ctx.saved_tensors
-        return _FirstOrderOnly.apply(grad_total * grad), *nones  # type: ignore[no-untyped-call]
+        grad = grad_total * grad
+        if torch.is_grad_enabled():  # create_graph=True: a second derivative may follow
+            grad = _FirstOrderOnly.apply(grad.requires_grad_())  # type: ignore[no-untyped-call]
+        return grad, *nones
 
 
 class _FirstOrderOnly(torch.autograd.Function):

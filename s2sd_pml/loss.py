@@ -210,15 +210,15 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
             return self._finish(loss, loss, [], loss.new_zeros(0))
 
         step = int(self.step)
-        φ, projected = self._features_and_projections(features, embeddings, "features")
-        _, projected_ref = self._features_and_projections(ref_features, ref_emb, "ref_features")
-        ψ, rows, share = embeddings, None, 1.0
-        if self.gather_distributed and distributed.world_size() > 1:
-            checks.gatherable(indices_tuple, ref_emb)
-            ψ, projected, φ, labels, rows, share = distributed.gather_batch(ψ, projected, φ, labels)
+        φ = self._features(features, embeddings, "features")
+        φ_ref = self._features(ref_features, ref_emb, "ref_features")
+        gather = distributed.Gather(embeddings, self.gather_distributed)
+        checks.gatherable(gather.world_size, indices_tuple, ref_emb)
+        ψ, labels = gather(embeddings), gather(labels)
 
         # 1/2 [ L(ψ) + mean_i L(g_i(φ)) ]
         base = metric_loss(self.loss, self.miner, ψ, labels, indices_tuple, ref_emb, ref_labels)
+        projected, projected_ref = gather.joined(self._project(φ)), self._project(φ_ref)
         aux = [
             metric_loss(
                 branch.loss,
@@ -237,7 +237,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         γ, γ_f = (value_of(n, getattr(self, n), step) for n in ("weight", "feature_weight"))
         teachers, weights = list(projected.values()), [γ / len(aux) for _ in aux]
         if φ is not None and self._distils_features and step >= self.feature_delay:
-            teachers, weights = [*teachers, φ], [*weights, γ_f]
+            teachers, weights = [*teachers, gather(φ.detach())], [*weights, γ_f]
         kl = loss.new_zeros(0)
         if teachers:
             distillation, kl = relation_kl(
@@ -247,10 +247,9 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
                 temperature=self.temperature,
                 exclude_self=self.exclude_self,
                 chunk_size=self.chunk_size,
-                rows=rows,
+                rows=gather.own_rows,
             )
-            if rows is not None:
-                distillation, kl = distributed.share_of_rank(distillation, kl, share)
+            distillation, kl = gather.mean(distillation, kl)
             loss = loss + distillation
 
         if any(a.requires_grad for a in aux):
@@ -320,17 +319,16 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
     def _branches(self) -> Iterable[tuple[str, Branch]]:
         return self.branches.items()  # type: ignore[return-value]
 
-    def _features_and_projections(
+    def _features(
         self, features: Tensor | None, embeddings: Tensor | None, name: str
-    ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """φ and g_i(φ) of these embeddings, of the features given, or else of those captured."""
+    ) -> Tensor | None:
+        """Pooled features φ of these embeddings: those given, or else those captured."""
         if embeddings is None or not self._distils:
-            return None, {}
+            return None
         if features is None:
             features = checks.captured(self.capture, embeddings, name)
         checks.same_rows(features, embeddings, name)
-        φ = self._pooled(features, name)
-        return φ, self._project(φ)
+        return self._pooled(features, name)
 
     def _pooled(self, features: Tensor, name: str) -> Tensor:
         checks.floating(features, name)
@@ -338,7 +336,10 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         checks.width(pooled, self.feature_dim, tuple(features.shape), name)
         return pooled
 
-    def _project(self, features: Tensor) -> dict[str, Tensor]:
+    def _project(self, features: Tensor | None) -> dict[str, Tensor]:
+        """g_i(φ) by name of the branch."""
+        if features is None:
+            return {}
         parameter = next(self.branches.parameters(), None)
         if parameter is not None and parameter.device != features.device:
             self.to(features.device)  # as PML's losses move their parameters themselves

@@ -1,0 +1,172 @@
+"""gather_distributed on gloo ranks equals one process that holds the whole batch."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+import socket
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from helpers import D, Model, images, labels
+from pytorch_metric_learning import losses, miners
+from torch.nn.parallel import DistributedDataParallel
+
+from s2sd_pml import S2SDLoss
+from s2sd_pml.errors import DistributedError
+
+CASES = {
+    "pairs": lambda: (losses.ContrastiveLoss(), None),
+    "triplets_mined": lambda: (losses.TripletMarginLoss(), miners.MultiSimilarityMiner()),
+    "multi_similarity": lambda: (losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()),
+    "proxies": lambda: (losses.ProxyAnchorLoss(6, D), None),
+    "memory": lambda: (losses.CrossBatchMemory(losses.NTXentLoss(), D, 64), None),
+}
+
+
+def build(case, **kwargs):
+    torch.manual_seed(1)
+    model = Model()
+    loss, miner = CASES[case]()
+    kwargs = {"head_dims": (8, 10), "feature_delay": 1, "weight": 5.0, **kwargs}
+    return model, S2SDLoss(loss, miner, embedder=model.embedder, **kwargs)
+
+
+def steps(model, loss_func, parts, rank, wrap, record):
+    """Two steps of SGD on the rows of this rank; value, components and gradients of the last."""
+    torch.manual_seed(2)
+    optimizer = torch.optim.SGD([*model.parameters(), *loss_func.parameters()], lr=0.1)
+    trained, objective = wrap(model), wrap(loss_func)
+    start = sum(parts[:rank])
+    own = slice(start, start + parts[rank])
+    for _ in range(2):
+        x, y = images(sum(parts)), labels(sum(parts))
+        optimizer.zero_grad()
+        value = objective(trained(x[own]), y[own])
+        value.backward()
+        optimizer.step()
+    record["value"] = value.detach()
+    record.update({f"component {k}": v for k, v in loss_func.components.items()})
+    named = [*model.named_parameters(), *loss_func.named_parameters()]
+    record.update({f"grad {n}": p.grad for n, p in named})
+    record.update({f"param {n}": p.detach() for n, p in named})
+    record["step"] = loss_func.step
+
+
+def on_ranks(function, world):
+    """Run ``function(rank)`` on gloo ranks; return what each returned, or raise what one raised."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    processes = [
+        context.Process(target=_on_rank, args=(function, rank, world, port, queue))
+        for rank in range(world)
+    ]
+    for p in processes:
+        p.start()
+    results = dict(queue.get() for _ in processes)
+    for p in processes:
+        p.join(60)
+    assert not any(isinstance(r, str) for r in results.values()), results
+    return [results[rank] for rank in range(world)]
+
+
+def _on_rank(function, rank, world, port, queue):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
+        )
+        result = function(rank)
+        # numpy, since tensors would share memory with a process that is about to end
+        queue.put((rank, {k: v.numpy().copy() for k, v in result.items()}))
+    except Exception:
+        queue.put((rank, traceback.format_exc()))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train_rank(rank, *, plans):
+    record = {}
+    for name, (case, kwargs, parts) in plans.items():
+        model, loss_func = build(case, gather_distributed=True, **kwargs)
+        one = {}
+        steps(model, loss_func, parts, rank, DistributedDataParallel, one)
+        record.update({f"{name}/{k}": v for k, v in one.items()})
+    return record
+
+
+PLANS = {
+    2: {
+        "pairs": ("pairs", {}, (12, 12)),
+        "triplets": ("triplets_mined", {"chunk_size": 5}, (12, 12)),
+        "multi_similarity": (
+            "multi_similarity",
+            {"exclude_self": True, "temperature": 0.3},
+            (12, 12),
+        ),
+        "proxies": ("proxies", {}, (12, 12)),
+        "memory": ("memory", {}, (12, 12)),
+        "uneven": ("multi_similarity", {"chunk_size": 3}, (16, 8)),
+        "no_heads": ("proxies", {"head_dims": (), "feature_weight": 0}, (12, 12)),
+    },
+    3: {
+        "triplets": ("triplets_mined", {}, (8, 8, 8)),
+        "uneven_proxies": ("proxies", {}, (5, 12, 7)),
+    },
+}
+
+
+@pytest.mark.parametrize("world", PLANS)
+def test_value_and_gradients_equal_one_process_with_the_whole_batch(world):
+    plans = PLANS[world]
+    ranks = on_ranks(functools.partial(train_rank, plans=plans), world)
+    for name, (case, kwargs, parts) in plans.items():
+        expected = {}
+        model, loss_func = build(case, **kwargs)
+        steps(model, loss_func, [sum(parts)], 0, lambda module: module, expected)
+        assert expected["grad trunk.weight"].abs().sum() > 0
+        for rank in ranks:
+            got = {k.split("/")[1]: v for k, v in rank.items() if k.startswith(f"{name}/")}
+            assert got.keys() == expected.keys()
+            for key, value in expected.items():
+                torch.testing.assert_close(
+                    torch.from_numpy(got[key]),
+                    value.detach(),
+                    rtol=1e-4,
+                    atol=2e-6,
+                    msg=lambda m, where=f"{name} {key}": f"{where}: {m}",
+                )
+
+
+def refuse_rank(rank):
+    model, loss_func = build("pairs", gather_distributed=True)
+    embeddings, y = model(images(8)), labels(8)
+    with pytest.raises(DistributedError, match="Pass the miner to S2SDLoss"):
+        loss_func(embeddings, y, miners.BatchHardMiner()(embeddings, y))
+    with pytest.raises(DistributedError, match="ref_emb"):
+        loss_func(embeddings, y, ref_emb=embeddings, ref_labels=y)
+    loss_func.eval()
+    assert torch.equal(loss_func(embeddings, y), loss_func.loss(embeddings, y))
+    return {}
+
+
+def test_local_indices_and_references_are_refused_over_ranks():
+    on_ranks(refuse_rank, 2)
+
+
+def test_without_a_process_group_it_is_the_local_loss():
+    values = []
+    for gather in (True, False):
+        model, loss_func = build("triplets_mined", gather_distributed=gather)
+        torch.manual_seed(2)
+        values.append(loss_func(model(images()), labels()))
+    assert torch.equal(*values)

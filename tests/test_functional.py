@@ -1,0 +1,158 @@
+"""relation_kl against its plain twin: values, gradients, chunks, precision."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from helpers import plain_kl
+from hypothesis import given, settings
+
+from s2sd_pml.errors import ArgumentError, BatchError, S2SDError
+from s2sd_pml.functional import relation_kl, relation_kl_reference
+
+
+def value_and_grad(function, student, teachers, **kwargs):
+    student = student.detach().clone().requires_grad_()
+    total, per_teacher = function(student, teachers, **kwargs)
+    total.backward()
+    return total.detach(), per_teacher, student.grad
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    batch=st.integers(1, 17),
+    widths=st.lists(st.integers(1, 9), min_size=0, max_size=4),
+    chunk_size=st.one_of(st.none(), st.integers(1, 20)),
+    temperature=st.floats(0.05, 10),
+    exclude_self=st.booleans(),
+    seed=st.integers(0, 10_000),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    part=st.floats(0, 1),
+)
+def test_equals_the_plain_twin(
+    batch, widths, chunk_size, temperature, exclude_self, seed, dtype, part
+):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(width):
+        return torch.randn(batch, width, generator=generator, dtype=torch.float64).to(dtype)
+
+    student, teachers = draw(5), [draw(w) for w in widths]
+    weights = torch.rand(len(widths), generator=generator).mul(60).tolist()
+    start = int(part * (batch - 1))
+    kwargs = {
+        "weights": weights,
+        "temperature": temperature,
+        "exclude_self": exclude_self,
+        "rows": (start, batch),
+    }
+    if not teachers:
+        total, per_teacher = relation_kl(student, teachers, chunk_size=chunk_size, **kwargs)
+        assert total == 0
+        assert per_teacher.shape == (0,)
+        return
+    got = value_and_grad(relation_kl, student, teachers, chunk_size=chunk_size, **kwargs)
+    expected = value_and_grad(relation_kl_reference, student, teachers, **kwargs)
+    rtol, atol = {
+        torch.float64: (1e-10, 1e-12),
+        torch.float32: (1e-3, 1e-4),
+        torch.bfloat16: (2e-2, 2e-2),
+    }[dtype]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+    assert got[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_is_the_equation_written_out_row_by_row(temperature, exclude_self):
+    student, teacher = torch.randn(9, 4).double(), torch.randn(9, 7).double()
+    expected = plain_kl(teacher, student, temperature, exclude_self)
+    for function in (relation_kl, relation_kl_reference):
+        total, per_teacher = function(
+            student, [teacher], weights=[3.0], temperature=temperature, exclude_self=exclude_self
+        )
+        torch.testing.assert_close(per_teacher[0], expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(total, 3 * expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_gradcheck(chunk_size, exclude_self):
+    student = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    teachers = [torch.randn(7, 4, dtype=torch.float64), torch.randn(7, 2, dtype=torch.float64)]
+
+    def total(x):
+        return relation_kl(
+            x,
+            teachers,
+            weights=[2.0, 0.5],
+            temperature=0.7,
+            exclude_self=exclude_self,
+            chunk_size=chunk_size,
+        )[0]
+
+    assert torch.autograd.gradcheck(total, student)
+
+
+def test_teachers_get_no_gradient():
+    student = torch.randn(6, 3, requires_grad=True)
+    teacher = torch.randn(6, 4, requires_grad=True)
+    relation_kl(student, [teacher], weights=[1.0])[0].backward()
+    assert teacher.grad is None
+    assert student.grad.abs().sum() > 0
+
+
+def test_a_teacher_equal_to_the_student_costs_nothing_and_moves_nothing():
+    x = torch.randn(8, 5, dtype=torch.float64)
+    total, _, grad = value_and_grad(relation_kl, x, [x * 3], weights=[50.0])
+    assert total.abs() < 1e-12
+    assert grad.abs().max() < 1e-12
+
+
+def test_a_second_derivative_is_refused():
+    student = torch.randn(6, 3, requires_grad=True)
+    total, _ = relation_kl(student, [torch.randn(6, 4)], weights=[1.0])
+    (grad,) = torch.autograd.grad(total, student, create_graph=True)
+    with pytest.raises(S2SDError, match="relation_kl_reference"):
+        grad.pow(2).sum().backward()
+
+
+def test_autocast_does_not_lower_the_precision():
+    student, teacher = torch.randn(16, 8), torch.randn(16, 8)
+    plain = relation_kl(student, [teacher], weights=[1.0])[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = relation_kl(student, [teacher], weights=[1.0])[0]
+    assert torch.equal(plain, cast)
+
+
+def test_zero_vectors_give_finite_gradients():
+    student = torch.zeros(5, 3, requires_grad=True)
+    total, _ = relation_kl(student, [torch.randn(5, 4)], weights=[1.0], temperature=0.05)
+    total.backward()
+    assert torch.isfinite(total)
+    assert torch.isfinite(student.grad).all()
+
+
+X = torch.randn(4, 3)
+
+
+@pytest.mark.parametrize("function", [relation_kl, relation_kl_reference])
+@pytest.mark.parametrize(
+    ("student", "teachers", "kwargs", "error", "words"),
+    [
+        (X, [torch.randn(5, 3)], {}, BatchError, "5 rows"),
+        (X[0], [X], {}, BatchError, r"\(3,\)"),
+        (X.long(), [X], {}, BatchError, "int64"),
+        (X, [X[None]], {}, BatchError, r"teachers\[0\]"),
+        (X[:0], [X[:0]], {}, BatchError, "drop_last"),
+        (X, [X, X], {}, ArgumentError, "1 weights for 2 teachers"),
+        (X, [X], {"weights": [float("nan")]}, ArgumentError, "nan"),
+        (X, [X], {"weights": [-1.0]}, ArgumentError, "-1.0"),
+        (X, [X], {"temperature": 0.0}, ArgumentError, "temperature=0.0"),
+        (X, [X], {"chunk_size": 0}, ArgumentError, "chunk_size=0"),
+        (X, [X], {"rows": (2, 5)}, ArgumentError, r"\(2, 5\)"),
+    ],
+)
+def test_bad_input_is_named(function, student, teachers, kwargs, error, words):
+    with pytest.raises(error, match=words):
+        function(student, teachers, **{"weights": [1.0], **kwargs})
