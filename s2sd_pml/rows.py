@@ -108,7 +108,8 @@ def _select_rows(node: Any, name: str, output: int, source: Tensor) -> Tensor:
         return source if index is None else source[index]
     if name == "SliceBackward0" and _acts_on_rows(node):
         start, stop = _signed(node._saved_start), _signed(node._saved_end)
-        return source[start : stop : _signed(node._saved_step)]
+        rows = source[start : stop : _signed(node._saved_step)]
+        return source if len(rows) == len(source) else rows  # x[:, a:b] slices all rows first
     if name == "SplitBackward0" and _acts_on_rows(node):
         return torch.split(source, node._saved_split_size)[output]
     if name == "SplitWithSizesBackward0" and _acts_on_rows(node):
@@ -138,6 +139,8 @@ def _from_zero(dim: int, node: Any) -> int:
     dim = _signed(dim)
     if dim >= 0:
         return dim
+    if not hasattr(node, "_input_metadata"):  # before torch 2.2: only the last one is no row
+        return 1 if dim == -1 else 0
     rank = len(node._input_metadata[0].shape)  # of the operation's result
     return dim + rank + (node.name() in ("SelectBackward0", "UnbindBackward0"))
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 B, F_DIM, D = 24, 12, 6
+CPU_FLOAT16 = pytest.param(
+    torch.float16,
+    marks=pytest.mark.skipif(
+        torch.__version__ < "2.4", reason="autocast on the CPU knows bfloat16 only"
+    ),
+    id="float16",
+)
 
 
 class Model(nn.Module):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import F_DIM, B, D, Model, images, labels, plain_s2sd
+from helpers import CPU_FLOAT16, F_DIM, B, D, Model, images, labels, plain_s2sd
 from pytorch_metric_learning import distances, losses, miners
 from torch import nn
 
@@ -437,7 +437,7 @@ def test_self_supervised_loss_is_called_as_before():
     assert torch.equal(positional, by_name)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, CPU_FLOAT16])
 def test_branch_losses_run_in_float32_under_autocast(dtype):
     model = Model()
     seen = []

@@ -1,0 +1,138 @@
+"""S2SD inside the loops people have: accumulation, checkpointing, GradCache, EMA, AMP, compile."""
+
+import copy
+
+import pytest
+import torch
+from helpers import CPU_FLOAT16, Model, images, labels
+from pytorch_metric_learning import losses, miners
+from torch.utils.checkpoint import checkpoint
+
+from s2sd_pml import S2SDLoss
+
+
+def make(**kwargs):
+    torch.manual_seed(1)
+    model = Model()
+    kwargs = {"head_dims": (8, 9), "feature_delay": 0, "embedder": model.embedder, **kwargs}
+    loss_func = S2SDLoss(losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner(), **kwargs)
+    return model, loss_func
+
+
+def grads(model, loss_func):
+    return [p.grad for m in (model, loss_func) for p in m.parameters()]
+
+
+def assert_same_gradients(a, b, **tolerance):
+    for x, y in zip(grads(*a), grads(*b), strict=True):
+        torch.testing.assert_close(x, y, **tolerance)
+
+
+def test_activation_checkpointing():
+    plain, checkpointed, x = make(), make(), images()
+    plain[1](plain[0](x), labels()).backward()
+    model, loss_func = checkpointed
+    feature_map = checkpoint(model.trunk, x, use_reentrant=False)
+    loss_func(model.embedder(feature_map.mean(dim=(2, 3))), labels()).backward()
+    assert_same_gradients(plain, checkpointed)
+
+
+def test_gradcache_with_explicit_features():
+    plain, cached, x = make(), make(), images()
+    plain[1](plain[0](x), labels()).backward()
+    model, loss_func = cached
+
+    def features_of(part):
+        return model.trunk(part).mean(dim=(2, 3))
+
+    with torch.no_grad():  # first pass: representations only
+        features = torch.cat([features_of(part) for part in x.split(6)])
+        embeddings = model.embedder(features)
+    features.requires_grad_()
+    embeddings.requires_grad_()
+    loss_func(embeddings, labels(), features=features).backward()
+    for part, df, de in zip(
+        x.split(6), features.grad.split(6), embeddings.grad.split(6), strict=True
+    ):
+        f = features_of(part)  # second pass: replay each part with its gradient
+        torch.autograd.backward([f, model.embedder(f)], [df, de])
+    assert_same_gradients(plain, cached)
+
+
+def test_gradient_accumulation_is_the_sum_of_the_parts():
+    whole, parts, x = make(), make(), images()
+    sum(whole[1](whole[0](part), labels(12)) for part in x.split(12)).backward()
+    for part in x.split(12):
+        parts[1](parts[0](part), labels(12)).backward()
+    assert_same_gradients(whole, parts)
+    assert int(parts[1].step) == 2
+
+
+def test_an_ema_copy_evaluates_beside_the_training_model():
+    (model, loss_func), x = make(), images()
+    ema = torch.optim.swa_utils.AveragedModel(model)
+    embeddings = model(x)
+    features = loss_func.capture.features_of(embeddings)
+    ema.update_parameters(model)
+    ema(images())
+    assert loss_func.capture.features_of(embeddings) is features
+    loss_func(embeddings, labels()).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, CPU_FLOAT16])
+def test_autocast_with_a_grad_scaler(dtype):
+    model, loss_func = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_func.add_to(optimizer)
+    before = copy.deepcopy([model, loss_func])
+    scaler = torch.cuda.amp.GradScaler(enabled=False)
+    if hasattr(torch, "amp") and hasattr(torch.amp, "GradScaler"):
+        scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=dtype):
+            loss = loss_func(model(images()), labels())
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert loss.dtype == torch.float32
+    moved = zip(before[1].parameters(), loss_func.parameters(), strict=True)
+    assert all(not torch.equal(p, q) for p, q in moved)
+
+
+def test_resume_is_bit_identical():
+    def loop(model, loss_func, optimizer, start, stop):
+        for step in range(start, stop):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            loss_func(model(images()), labels()).backward()
+            optimizer.step()
+
+    def fresh():
+        model, loss_func = make(feature_delay=3)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        loss_func.add_to(optimizer)
+        return model, loss_func, optimizer
+
+    straight = fresh()
+    loop(*straight, 0, 6)
+    first = fresh()
+    loop(*first, 0, 2)
+    states = [copy.deepcopy(part.state_dict()) for part in first]
+    second = fresh()
+    for part, state in zip(second, states, strict=True):
+        part.load_state_dict(state)
+    loop(*second, 2, 6)
+    assert int(second[1].step) == 6
+    for a, b in zip(straight[:2], second[:2], strict=True):
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            assert torch.equal(p, q)
+    assert second[1].components["feature_distill"] > 0
+
+
+def test_a_compiled_model():
+    plain, compiled, x = make(), make(), images()
+    plain[1](plain[0](x), labels()).backward()
+    model, loss_func = compiled
+    loss_func(torch.compile(model, backend="aot_eager")(x), labels()).backward()
+    assert_same_gradients(plain, compiled, rtol=1e-4, atol=1e-5)
