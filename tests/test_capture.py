@@ -392,7 +392,9 @@ def test_random_compositions_of_forwards_and_selections(data):
             new = (e[a::step], f[a::step])
         elif kind == "index":
             rows = st.integers(-len(e), len(e) - 1) if len(e) else st.nothing()
-            index = torch.tensor(data.draw(st.lists(rows, max_size=5)), dtype=torch.long)
+            index = torch.tensor(
+                data.draw(st.lists(rows, max_size=5 if len(e) else 0)), dtype=torch.long
+            )
             new = (e[index], f[index])
         elif kind == "cat":
             other = pool[data.draw(st.integers(0, len(pool) - 1))]

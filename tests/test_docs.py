@@ -1,0 +1,45 @@
+"""README and docs: every Python block runs, every link leads somewhere, every public name is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+from snippets import run
+
+import s2sd_pml
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITH_CODE = {"README.md", "index.md", "how-it-works.md", "features.md", "optimizer.md"}
+
+
+@pytest.mark.filterwarnings("default::s2sd_pml.errors.OptimizerWarning")
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_blocks_run(page, capsys):
+    blocks = run(page)
+    assert blocks or page.name not in WITH_CODE
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_relative_links_and_images_exist(page):
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    for target in targets:
+        if not re.match(r"[a-z]+:", target):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_api_page_names_everything_public():
+    api = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for name in s2sd_pml.__all__:
+        assert re.search(rf"s2sd_pml\.{name}\b", api), name
+
+
+def test_the_tests_that_the_docs_name_exist():
+    text = (ROOT / "docs" / "works-with.md").read_text(encoding="utf-8")
+    for file, test in re.findall(r"`(test_\w+\.py)::(\w+)`", text):
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), test
+
+
+def test_the_version_is_in_the_changelog():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{s2sd_pml.__version__}]" in changelog
