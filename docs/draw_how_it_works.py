@@ -14,7 +14,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.patches import Circle, FancyBboxPatch, PathPatch, Polygon, Rectangle
+from matplotlib.path import Path as Outline
 from pytorch_metric_learning import losses, miners
 from torch import Tensor
 
@@ -26,15 +28,30 @@ from network import Network  # noqa: E402
 
 from s2sd_pml import S2SDLoss  # noqa: E402
 
-KEPT, TRAINING_ONLY, FEATURES, INK = "#1f6f8b", "#d9822b", "#8e44ad", "#222222"
-CLASSES, PER_CLASS, SIZE, HEADS = 8, 4, 8, (128, 512)
+Point = tuple[float, float]
+
+# The batch of the picture: classes that the network never saw, four drawings of each.
+CLASSES = "umbrella bicycle crown robot coffee bell puzzle rocket".split()
+PER_CLASS, EMBEDDING_SIZE, HEADS = 4, 8, (128, 512)
+
+KEPT, HEAD, TEACHER, INK, GREY = "#0f6e84", "#c8641b", "#7b3fa0", "#1d2b33", "#6b7a83"
+KEPT_CARD, TRAINING_CARD = "#e3f1f4", "#fbf4ea"
+SIMILARITY = LinearSegmentedColormap.from_list("s", ["#ffffff", "#bcd3de", "#3f7f9f", "#0b2a45"])
+
+# Columns and rows, in units of 100 pixels.
+PHI, EMBED, PSI, LOSS, MATRIX, SIDE = 5.95, 7.35, 8.75, 9.75, 11.75, 1.45
+ROWS = {"gm": 7.35, "g1": 5.5, "φ": 3.65, "ψ": 1.5}
 
 
-def similarity_matrices() -> dict[str, Tensor]:
-    """Cosine similarities of a batch of unseen classes, in every space, after a short training."""
+def trained_batch() -> tuple[Tensor, dict[str, Tensor]]:
+    """A batch of unseen classes and its cosine similarities in every space after a short training.
+
+    Returns:
+        images (B, 32, 32), and the B x B matrix by the name of its row in the picture.
+    """
     torch.manual_seed(0)
     seen, unseen = icons.split(icons.load())
-    model = Network(SIZE)
+    model = Network(EMBEDDING_SIZE)
     loss_func = S2SDLoss(
         losses.MultiSimilarityLoss(),
         miners.MultiSimilarityMiner(),
@@ -46,108 +63,192 @@ def similarity_matrices() -> dict[str, Tensor]:
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     loss_func.add_to(optimizer)
-    for images, labels in icons.batches(seen, 128, 4, steps=150, seed=0):
+    for images, labels in icons.batches(seen, 128, 4, steps=300, seed=0):
         loss = loss_func(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     model.eval()
-    rows = unseen.labels < CLASSES
-    images = unseen.images[rows].view(CLASSES, -1, 1, 32, 32)[:, :PER_CLASS].flatten(0, 1)
+    rows = [
+        int(row)
+        for name in CLASSES
+        for row in (unseen.labels == unseen.names.index(name)).nonzero()[:PER_CLASS]
+    ]
+    images = unseen.images[rows]
     with torch.no_grad():
         features = model.trunk(images).mean(dim=(2, 3))
+        heads = loss_func.project(features)
         spaces = {"φ": features, "ψ": model.embedder(features)}
-        spaces |= {f"g{d}": z for d, z in loss_func.project(features).items()}
+        spaces |= {"g1": heads[HEADS[0]], "gm": heads[HEADS[1]]}
     unit = {name: torch.nn.functional.normalize(z, dim=1) for name, z in spaces.items()}
-    return {name: z @ z.T for name, z in unit.items()}
+    return images[:, 0], {name: z @ z.T for name, z in unit.items()}
 
 
-def box(ax: Axes, x: float, y: float, text: str, colour: str, width: float = 1.5) -> None:
-    """A part of the model, centred on (x, y)."""
-    corner = (x - width / 2, y - 0.36)
-    style = "round,pad=0.02,rounding_size=0.12"
-    dashed = "--" if colour == TRAINING_ONLY else "-"
-    patch = FancyBboxPatch(
-        corner, width, 0.72, boxstyle=style, fc="white", ec=colour, lw=2, ls=dashed
-    )
+def rounded(corners: list[Point], radius: float, closed: bool = False) -> Outline:
+    """A polyline through ``corners`` with rounded bends."""
+    points = [torch.tensor(c) for c in corners]
+    n = len(points)
+    vertices, codes = [], []
+    for i, corner in enumerate(points):
+        if not closed and i in (0, n - 1):
+            bend = [corner]
+        else:
+            ways = [points[i - 1] - corner, points[(i + 1) % n] - corner]
+            before, after = (corner + w * min(radius / float(w.norm()), 0.5) for w in ways)
+            bend = [before, corner, after]
+        codes += [Outline.LINETO] + [Outline.CURVE3] * (len(bend) - 1)
+        vertices += [tuple(p.tolist()) for p in bend]
+    codes[0] = Outline.MOVETO
+    if closed:
+        vertices, codes = [*vertices, vertices[0]], [*codes, Outline.CLOSEPOLY]
+    return Outline(vertices, codes)
+
+
+def card(ax: Axes, corners: list[Point], colour: str) -> None:
+    """A tinted region with rounded corners."""
+    ax.add_patch(PathPatch(rounded(corners, 0.25, closed=True), fc=colour, ec="none", zorder=0))
+
+
+def wire(ax: Axes, corners: list[Point], colour: str, head: bool = True) -> None:
+    """A line with rounded bends, and an arrow head at its end."""
+    outline = rounded(corners, 0.22)
+    ax.add_patch(PathPatch(outline, fc="none", ec=colour, lw=2.2, capstyle="round", zorder=2))
+    if head:
+        (x0, y0), (x1, y1) = corners[-2:]
+        dx, dy = (x1 > x0) - (x1 < x0), (y1 > y0) - (y1 < y0)
+        base = (x1 - 0.2 * dx, y1 - 0.2 * dy)
+        wings = [(base[0] + s * 0.1 * dy, base[1] + s * 0.1 * dx) for s in (1, -1)]
+        ax.add_patch(Polygon([(x1, y1), *wings], fc=colour, ec=colour, lw=1, zorder=3))
+
+
+def label(ax: Axes, x: float, y: float, text: str, size: float, colour: str = INK, **kw) -> None:
+    """Text, centred on its point unless told otherwise."""
+    ax.text(x, y, text, **{"ha": "center", "va": "center", **kw}, fontsize=size, color=colour)
+
+
+def dot(ax: Axes, x: float, y: float, colour: str) -> None:
+    """Where a line splits."""
+    ax.add_patch(Circle((x, y), 0.085, fc=colour, ec="white", lw=1.5, zorder=4))
+
+
+def box(ax: Axes, x: float, y: float, text: str, colour: str, dashed: bool = False) -> None:
+    """A layer with weights."""
+    style = "round,pad=0,rounding_size=0.16"
+    corner, ls = (x - 0.55, y - 0.4), "--" if dashed else "-"
+    patch = FancyBboxPatch(corner, 1.1, 0.8, boxstyle=style, fc="white", ec=colour, lw=2.2, ls=ls)
+    patch.set_zorder(3)
     ax.add_patch(patch)
-    ax.text(x, y, text, ha="center", va="center", fontsize=13, color=INK)
+    label(ax, x, y - 0.02, text, 21, zorder=4)
 
 
-def arrow(
-    ax: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, bend: float = 0.0
-) -> None:
-    """From one point to another."""
-    patch = FancyArrowPatch(
-        start,
-        end,
-        arrowstyle="-|>",
-        mutation_scale=16,
-        lw=2,
-        color=colour,
-        connectionstyle=f"arc3,rad={bend}",
-        shrinkA=0,
-        shrinkB=0,
+def loss(ax: Axes, y: float, text: str, colour: str) -> None:
+    """A metric-learning loss, beside the line that feeds it."""
+    wire(ax, [(PSI, y), (PSI, y + 0.58), (LOSS - 0.36, y + 0.58)], colour, head=False)
+    ax.add_patch(Circle((LOSS, y + 0.58), 0.36, fc=colour, ec="none", zorder=3))
+    label(ax, LOSS, y + 0.57, text, 18, "white", zorder=4)
+    dot(ax, PSI, y, colour)
+
+
+def matrix(ax: Axes, y: float, values: Tensor, title: str, colour: str) -> None:
+    """A heat map of similarities with its name to the left."""
+    x0, x1, y0, y1 = MATRIX - SIDE / 2, MATRIX + SIDE / 2, y - SIDE / 2, y + SIDE / 2
+    ax.imshow(
+        values.numpy(), extent=(x0, x1, y0, y1), cmap=SIMILARITY, vmin=0, vmax=1, zorder=2
     )
+    ax.add_patch(Rectangle((x0, y0), SIDE, SIDE, fc="none", ec=colour, lw=2.4, zorder=3))
+    label(ax, x0 - 0.62, y - 0.3, title, 16, colour)
+
+
+def contact_sheet(ax: Axes, images: Tensor, x: float, y: float) -> float:
+    """The batch, a column for every class; returns its right edge."""
+    size = 0.36
+    for i, image in enumerate(images):
+        left, top = x + i // PER_CLASS * size, y + 2 * size - i % PER_CLASS * size
+        extent = (left + 0.03, left + size - 0.03, top - size + 0.03, top - 0.03)
+        ax.imshow(image.numpy(), extent=extent, cmap="Greys", zorder=3)
+    width, height = len(images) // PER_CLASS * size, PER_CLASS * size
+    style = "round,pad=0.06,rounding_size=0.1"
+    patch = FancyBboxPatch((x, y - height / 2), width, height, boxstyle=style, fc="white", ec=KEPT)
+    patch.set(lw=2.2, zorder=2)
     ax.add_patch(patch)
+    return x + width + 0.06
 
 
-def matrix(ax: Axes, x: float, y: float, values: Tensor, title: str, colour: str) -> None:
-    """A heat map of side 1.3, centred on (x, y)."""
-    half = 0.65
-    extent = (x - half, x + half, y - half, y + half)
-    ax.imshow(values.numpy(), extent=extent, cmap="magma", vmin=-0.2, vmax=1, zorder=2)
-    corner = (x - half, y - half)
-    ax.add_patch(plt.Rectangle(corner, 2 * half, 2 * half, fc="none", ec=colour, lw=2.5, zorder=3))
-    ax.text(x, y + half + 0.12, title, ha="center", va="bottom", fontsize=12, color=INK)
+def model(ax: Axes, images: Tensor) -> None:
+    """The lane at the bottom, which is all that is deployed."""
+    y = ROWS["ψ"]
+    edge = contact_sheet(ax, images, 0.6, y)
+    wide, narrow, left, right = 0.72, 0.4, edge + 0.5, edge + 1.75
+    wire(ax, [(edge, y), (left, y)], KEPT)
+    shape = [(left, y - wide), (left, y + wide), (right, y + narrow), (right, y - narrow)]
+    ax.add_patch(
+        PathPatch(rounded(shape, 0.13, closed=True), fc="white", ec=KEPT, lw=2.2, zorder=3)
+    )
+    label(ax, (left + right) / 2, y, "trunk", 17, zorder=4)
+    wire(ax, [(right, y), (EMBED - 0.55, y)], KEPT)
+    label(ax, PHI, y - 0.33, "$\\varphi$", 21)
+    box(ax, EMBED, y, "$f$", KEPT)
+    wire(ax, [(EMBED + 0.55, y), (PSI, y)], KEPT, head=False)
+    label(ax, PSI, y - 0.33, "$\\psi$", 21)
+
+
+def objective(ax: Axes) -> None:
+    """The three terms, each in the colour of what it does in the picture."""
+    x, y, step = 0.55, 6.62, 0.72
+    label(ax, x, y + 0.85, "loss", 17, GREY, ha="left")
+    terms = (
+        ("$\\frac{1}{2}\\,[\\;L(\\psi)\\,+\\,\\mathrm{mean}_i\\;L_i(g_i(\\varphi))\\;]$", INK),
+        ("$+\\;\\gamma\\;\\mathrm{mean}_i\\;\\mathrm{KL}(g_i(\\varphi)\\to\\psi)$", HEAD),
+        ("$+\\;\\gamma_f\\;\\mathrm{KL}(\\varphi\\to\\psi)$", TEACHER),
+    )
+    for i, (term, colour) in enumerate(terms):
+        label(ax, x, y - i * step, term, 20, colour, ha="left")
 
 
 def draw(path: Path) -> None:
-    """The whole picture: one row for every space, embeddings at the bottom."""
-    sims = similarity_matrices()
-    fig, ax = plt.subplots(figsize=(12.8, 7.0), dpi=130)
-    fig.patch.set_facecolor("white")
-    top, high, middle, low = 6.0, 4.1, 2.2, 0.3
-    split, column = 4.6, 9.9
+    """The whole picture: one row for every space, the deployed model at the bottom."""
+    images, similarities = trained_batch()
+    plt.rcParams.update({"font.family": "DejaVu Sans", "mathtext.fontset": "cm"})
+    fig = plt.figure(figsize=(16, 8.7), dpi=100, facecolor="white")
+    ax = fig.add_axes((0, 0, 1, 1))
+    psi, right = ROWS["ψ"], MATRIX + SIDE / 2
+    card(ax, [(0.25, 0.3), (0.25, 2.6), (9.1, 2.6), (9.1, 0.3)], KEPT_CARD)
+    card(
+        ax,
+        [(5.45, 2.7), (5.45, 8.45), (15.75, 8.45), (15.75, 0.3), (9.2, 0.3), (9.2, 2.7)],
+        TRAINING_CARD,
+    )
 
-    box(ax, 0.6, middle, "images", KEPT, 1.3)
-    box(ax, 2.4, middle, "trunk", KEPT, 1.3)
-    arrow(ax, (1.28, middle), (1.72, middle), KEPT)
-    ax.plot([3.08, split], [middle, middle], color=KEPT, lw=2)
-    ax.plot([split], [middle], "o", color=KEPT, ms=7)
-    ax.text(3.85, middle + 0.14, "features φ", ha="center", fontsize=12.5, color=INK)
+    for row, name, bus in (("gm", "m", 14.2), ("g1", "1", 14.2)):
+        y = ROWS[row]
+        wire(ax, [(PHI, psi), (PHI, y), (EMBED - 0.55, y)], HEAD)
+        box(ax, EMBED, y, f"$g_{name}$", HEAD, dashed=True)
+        wire(ax, [(EMBED + 0.55, y), (MATRIX - SIDE / 2, y)], HEAD)
+        loss(ax, y, f"$L_{name}$", HEAD)
+        matrix(ax, y, similarities[row], f"$\\cos(g_{name}(\\varphi))$", HEAD)
+        wire(ax, [(right, y), (bus, y), (bus, psi - 0.25), (right + 0.06, psi - 0.25)], HEAD)
+    label(ax, EMBED, (ROWS["gm"] + ROWS["g1"]) / 2, "$\\vdots$", 24, HEAD)
 
-    for y, d, name in ((top, HEADS[1], "$g_m$"), (high, HEADS[0], "$g_1$")):
-        box(ax, 6.4, y, f"head {name}", TRAINING_ONLY, 1.7)
-        arrow(ax, (split, middle), (5.5, y), TRAINING_ONLY)
-        arrow(ax, (7.28, y), (column - 0.7, y), TRAINING_ONLY)
-        ax.text(8.2, y + 0.13, f"$L_{name[3]}$", ha="center", fontsize=14, color=TRAINING_ONLY)
-        matrix(ax, column, y, sims[f"g{d}"], f"cos({name}(φ))", TRAINING_ONLY)
-    arrow(ax, (split, middle), (column - 0.7, middle), FEATURES)
-    matrix(ax, column, middle, sims["φ"], "cos(φ)", FEATURES)
-    box(ax, 6.4, low, "embedder $f$", KEPT, 1.7)
-    arrow(ax, (split, middle), (5.5, low), KEPT)
-    arrow(ax, (7.28, low), (column - 0.7, low), KEPT)
-    ax.text(8.2, low + 0.13, "$L$", ha="center", fontsize=14, color=KEPT)
-    ax.text(8.2, low - 0.42, "embeddings ψ", ha="center", fontsize=13, color=INK)
-    matrix(ax, column, low, sims["ψ"], "cos(ψ)", KEPT)
+    y = ROWS["φ"]
+    wire(ax, [(PHI, psi), (PHI, y), (MATRIX - SIDE / 2, y)], TEACHER)
+    matrix(ax, y, similarities["φ"], "$\\cos(\\varphi)$", TEACHER)
+    wire(ax, [(right, y), (13.3, y), (13.3, psi + 0.25), (right + 0.06, psi + 0.25)], TEACHER)
 
-    ends = ((top, -0.42, TRAINING_ONLY), (high, -0.38, TRAINING_ONLY), (middle, -0.34, FEATURES))
-    for y, bend, colour in ends:
-        arrow(ax, (column + 0.72, y), (column + 0.72, low + 0.1), colour, bend)
-    ax.text(11.85, 3.2, "$\\gamma$ · KL", va="center", fontsize=15, color=TRAINING_ONLY)
-    ax.text(11.1, 0.75, "$\\gamma_f$ · KL", va="center", fontsize=15, color=FEATURES)
+    model(ax, images)
+    wire(ax, [(PSI, psi), (MATRIX - SIDE / 2, psi)], KEPT)
+    loss(ax, psi, "$L$", KEPT)
+    matrix(ax, psi, similarities["ψ"], "$\\cos(\\psi)$", KEPT)
+    dot(ax, PHI, psi, KEPT)
+    label(ax, 14.35, 4.6, "$\\gamma\\;\\mathrm{KL}$", 21, HEAD, ha="left")
+    label(ax, 13.45, 3.0, "$\\gamma_f\\,\\mathrm{KL}$", 21, TEACHER, ha="left")
 
-    ax.plot([], [], color=KEPT, lw=2.5, label="kept: the deployed model, unchanged")
-    ax.plot([], [], color=TRAINING_ONLY, lw=2.5, ls="--", label="training only: heads")
-    ax.plot([], [], color=FEATURES, lw=2.5, label="training only: features as a teacher")
-    ax.legend(loc="upper left", fontsize=12, frameon=False, bbox_to_anchor=(0.0, 0.98))
-    ax.set_xlim(-0.3, 13.0)
-    ax.set_ylim(-0.6, 7.1)
-    ax.set_aspect("equal")
+    objective(ax)
+    label(ax, 0.5, 2.85, "kept: the model you deploy", 16, KEPT, ha="left")
+    label(ax, 15.5, 8.1, "training only", 16, HEAD, ha="right")
+    ax.set(xlim=(0, 16), ylim=(0, 8.7), aspect="equal")
     ax.axis("off")
     path.parent.mkdir(exist_ok=True)
-    fig.savefig(path, bbox_inches="tight", pad_inches=0.25)
+    fig.savefig(path)
 
 
 if __name__ == "__main__":

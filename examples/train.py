@@ -1,0 +1,150 @@
+"""Train a base loss and S2SD on icons-400 and compare them on unseen classes.
+
+    python examples/train.py
+    python examples/train.py --loss ProxyAnchorLoss --miner none --loss-lr 0.03
+    python examples/train.py --help
+
+Writes metrics.csv, table.md, recall.png, retrieval.png and config.json to ``--output``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import icons
+import options
+import plots
+import report
+import torch
+from by_name import make_loss, make_miner
+from evaluate import apply, evaluate, recall_at_k
+from network import Network
+from report import Run
+from torch import nn
+from tqdm import tqdm
+
+from s2sd_pml import S2SDLoss
+from s2sd_pml.errors import S2SDError
+
+LossAndMiner = tuple[nn.Module, "nn.Module | None"]
+
+
+def base_loss(args: argparse.Namespace, model: Network, num_classes: int) -> LossAndMiner:
+    """The plain PML loss, and the miner that goes with it."""
+    loss_func = make_loss(args.loss, args.loss_args, num_classes, args.embedding_size)
+    return loss_func, make_miner(args.miner, args.miner_args)
+
+
+def s2sd_loss(args: argparse.Namespace, model: Network, num_classes: int) -> LossAndMiner:
+    """The same loss and miner inside S2SDLoss, which mines for itself."""
+    features: dict[str, Any] = {"embedder": model.embedder}
+    if args.variant == "msdfa":  # max pooling needs the feature map
+        features = {"trunk": model.trunk, "feature_dim": model.embedder.in_features}
+    make = getattr(S2SDLoss, args.variant)
+    loss_func = make(
+        *base_loss(args, model, num_classes),
+        **features,
+        head_dims=args.dims,
+        weight=args.weight,
+        temperature=args.temperature,
+        feature_weight=args.feature_weight,
+        feature_delay=args.feature_delay,
+        exclude_self=args.exclude_self,
+    )
+    return loss_func, None
+
+
+def make_optimizer(
+    args: argparse.Namespace, model: nn.Module, loss_func: nn.Module
+) -> torch.optim.Optimizer:
+    """Adam over the model and over what parameters the loss has: heads, proxies, a margin."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    if isinstance(loss_func, S2SDLoss):
+        loss_func.add_to(optimizer, lr=args.head_lr, loss_lr=args.loss_lr)
+    elif parameters := list(loss_func.parameters()):
+        optimizer.add_param_group({"params": parameters, "lr": args.loss_lr, "weight_decay": 0.0})
+    return optimizer
+
+
+def train(
+    name: str,
+    losses: Callable[..., LossAndMiner],
+    args: argparse.Namespace,
+    seen: icons.Icons,
+    unseen: icons.Icons,
+) -> Run:
+    """One run. Seeds are set first: both runs have the same start, batches and augmentation."""
+    torch.manual_seed(args.seed)
+    model = Network(args.embedding_size).to(args.device)
+    loss_func, miner = losses(args, model, len(seen.names))
+    loss_func.to(args.device)
+    optimizer = make_optimizer(args, model, loss_func)
+    loader = icons.batches(seen, args.batch_size, args.per_class, args.steps_per_epoch, args.seed)
+    augment = icons.RandomAffine(args.seed)
+    run = Run(name, model, loss_func)
+
+    with tqdm(total=args.epochs * len(loader), desc=f"{name:4}", disable=args.quiet) as bar:
+        for run.epoch in range(1, args.epochs + 1):
+            start, recorded = time.perf_counter(), []
+            for images, labels in loader:
+                images, labels = augment(images.to(args.device)), labels.to(args.device)
+                embeddings = model(images)
+                pairs = miner(embeddings, labels) if miner else None
+                loss = loss_func(embeddings, labels, pairs)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                run.step += 1
+                recorded.append({"loss": loss.item(), **report.components(loss_func)})
+                bar.set_postfix({k: f"{v:.3g}" for k, v in recorded[-1].items()}, refresh=False)
+                bar.update()
+            run.seconds += time.perf_counter() - start
+            run.record(report.mean(recorded))
+            if run.epoch < args.epochs:
+                run.record(recall_at_k(apply(model, unseen.images), unseen.labels, ks=(1,)))
+    run.scores = final_scores(run, unseen)
+    for who, scores in run.scores.items():
+        run.record(scores, who)
+    return run
+
+
+def final_scores(run: Run, unseen: icons.Icons) -> dict[str, dict[str, float]]:
+    """All metrics of the model and, for S2SD, of every head as if it were the embedder."""
+    scores = {run.name: evaluate(apply(run.model, unseen.images), unseen.labels)}
+    if isinstance(run.loss_func, S2SDLoss):
+        with torch.no_grad():
+            teachers = run.loss_func.project(apply(run.model.trunk, unseen.images))
+        for dim, embeddings in teachers.items():
+            scores[f"head {dim}"] = evaluate(embeddings, unseen.labels)
+    return scores
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the flags, train both runs, evaluate, write and print."""
+    parser = options.parser()
+    args = options.parse(parser, argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    seen, unseen = icons.split(icons.load(), args.validation)
+    unseen = unseen.to(args.device)
+    makers = {"base": base_loss} if args.baseline_only else {"base": base_loss, "S2SD": s2sd_loss}
+    try:  # build everything once: what is wrong with the flags shows before any training
+        for make in makers.values():
+            make(args, Network(args.embedding_size), len(seen.names))
+        icons.batches(seen, args.batch_size, args.per_class, args.steps_per_epoch, args.seed)
+    except (S2SDError, ValueError) as error:
+        parser.error(str(error))
+
+    runs = [train(name, make, args, seen, unseen) for name, make in makers.items()]
+    report.write(args, runs, unseen)
+    plots.recall(runs, args.output / "recall.png")
+    plots.retrieval(runs, unseen, args.output / "retrieval.png", seed=args.seed)
+    print(report.title(args, unseen), report.table(runs), sep="\n\n")
+    print(f"\nMetrics, table, pictures and configuration are in {args.output}")
+
+
+if __name__ == "__main__":
+    main()

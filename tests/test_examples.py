@@ -1,0 +1,200 @@
+"""The example trainer, really run with a small budget; its data and its metrics."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import evaluate  # noqa: E402
+import icons  # noqa: E402
+import train  # noqa: E402
+from by_name import make_loss, make_miner  # noqa: E402
+
+SMALL = ["--epochs", "1", "--steps-per-epoch", "3", "--batch-size", "32", "--dims", "24", "32"]
+FILES = {"metrics.csv", "table.md", "recall.png", "retrieval.png", "config.json"}
+
+
+def run(tmp_path, *flags):
+    train.main([*SMALL, "--quiet", "--output", str(tmp_path), *flags])
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def final(rows, who):
+    return {r["metric"]: float(r["value"]) for r in rows if r["run"] == who}
+
+
+def test_the_command_trains_both_prints_the_table_and_writes_everything(tmp_path):
+    command = [sys.executable, "examples/train.py", *SMALL, "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == FILES
+    for name in ("recall.png", "retrieval.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    for words in ("base", "S2SD", "difference", "head 24", "head 32", "MAP@R", "NMI", "training"):
+        assert words in done.stdout
+    assert "S2SD" in done.stderr  # the progress bar
+    assert "3/3" in done.stderr
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["seed"] == 0
+    assert config["versions"]["torch"] == torch.__version__
+
+
+def test_the_metrics_hold_every_column_of_the_table(tmp_path):
+    rows = run(tmp_path)
+    for who in ("base", "S2SD", "head 24", "head 32"):
+        scores = final(rows, who)
+        assert set(evaluate.METRICS) <= set(scores)
+        assert all(0 <= scores[m] <= 1 for m in evaluate.METRICS)
+        assert scores["Recall@1"] <= scores["Recall@2"] <= scores["Recall@8"]
+    table = (tmp_path / "table.md").read_text()
+    base, s2sd = (final(rows, who)["Recall@1"] * 100 for who in ("base", "S2SD"))
+    (row,) = (line for line in table.splitlines() if "Recall@1" in line)
+    cells = [float(c) for c in row.split("|")[2:5]]
+    assert cells == pytest.approx([base, s2sd, s2sd - base], abs=0.051)
+
+
+def test_a_seed_fixes_everything(tmp_path):
+    def without_seconds(rows):
+        return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+
+    first, again = (run(tmp_path / n, "--feature-delay", "1") for n in "ab")
+    other = run(tmp_path / "c", "--feature-delay", "1", "--seed", "1")
+    assert without_seconds(first) == without_seconds(again)
+    assert without_seconds(first) != without_seconds(other)
+
+
+def test_the_base_run_does_not_depend_on_s2sd(tmp_path):
+    both, alone = run(tmp_path / "a"), run(tmp_path / "b", "--baseline-only")
+    assert final(both, "base") == final(alone, "base")
+    assert {r["run"] for r in alone} == {"base"}
+
+
+@pytest.mark.parametrize("variant", ["dsd", "msd", "msdfa"])
+def test_variants(tmp_path, variant):
+    dims = ["--dims", "24"] if variant == "dsd" else []
+    rows = run(tmp_path, "--variant", variant, "--feature-delay", "0", *dims)
+    assert (final(rows, "S2SD")["feature_distill"] > 0) == (variant == "msdfa")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--loss", "ProxyAnchorLoss", "--miner", "none", "--loss-lr", "0.03"],
+        ["--loss", "TripletMarginLoss", "--miner", "TripletMarginMiner"],
+        ["--loss", "SubCenterArcFaceLoss", "--loss-args", "sub_centers=2", "--miner", "none"],
+        ["--miner-args", "epsilon=0.2", "--temperature", "0.5", "--exclude-self", "--validation"],
+    ],
+    ids=["proxies", "triplets", "sub_centers", "settings"],
+)
+def test_losses_and_miners_by_name(tmp_path, flags):
+    assert final(run(tmp_path, *flags), "S2SD")["Recall@8"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--loss", "TripletMarginLos"], "did you mean TripletMarginLoss"),
+        (["--loss-args", "gamma=3"], "does not take gamma: MultiSimilarityLoss(alpha=2"),
+        (["--loss-args", "gamma"], "not of the form name=value"),
+        (["--miner", "HardMiner"], "BatchHardMiner"),
+        (["--batch-size", "30"], "no multiple of --per-class 4"),
+        (["--epochs", "0"], "not a whole number above 0"),
+        (["--weight", "-1"], "weight=-1.0"),
+        (["--temperature", "0"], "temperature=0.0"),
+        (["--dims", "24", "24"], "repeats a dimension"),
+        (["--variant", "dsd", "--dims", "24", "32"], "one head"),
+        (["--variant", "msd", "--feature-weight", "5"], "msdf and msdfa"),
+    ],
+)
+def test_bad_flags_end_with_one_clear_line(tmp_path, capsys, flags, words):
+    with pytest.raises(SystemExit) as caught:
+        train.main([*SMALL, "--quiet", "--output", str(tmp_path), *flags])
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_tells_the_papers_settings(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    assert "--dims 512 1024 1536 2048" in capsys.readouterr().out
+
+
+def test_icons_400_is_the_file_that_its_script_builds():
+    every = icons.load()
+    assert every.images.shape == (3200, 1, 32, 32)
+    assert every.labels.bincount().tolist() == [8] * 400
+    assert len(set(every.names)) == 400
+    script = (ROOT / "examples" / "data" / "build_icons400.py").read_text()
+    with np.load(icons.PATH) as data:
+        digest = hashlib.sha256(data["images"].tobytes() + data["labels"].tobytes()).hexdigest()
+    assert digest in script
+
+
+def test_icons_400_splits_share_no_class_and_no_drawing():
+    every = icons.load()
+    seen, unseen = icons.split(every)
+    fewer, held_out = icons.split(every, validation=True)
+    assert [len(s.names) for s in (seen, unseen, fewer, held_out)] == [200, 200, 160, 40]
+    assert set(seen.names).isdisjoint(unseen.names)
+    assert set(fewer.names) | set(held_out.names) == set(seen.names)
+    drawings = {image.numpy().tobytes() for image in every.images}
+    assert len(drawings) == 3200
+
+
+def test_batches_do_not_depend_on_the_global_random_stream():
+    seen, _ = icons.split(icons.load())
+
+    def labels(noise):
+        torch.manual_seed(noise)
+        augment = icons.RandomAffine(3)
+        out = []
+        for images, y in icons.batches(seen, 32, 4, steps=2, seed=3):
+            torch.rand(noise)
+            out.append((augment(images), y))
+        return out
+
+    for (x, y), (x2, y2) in zip(labels(1), labels(2), strict=True):
+        assert torch.equal(x, x2)
+        assert torch.equal(y, y2)
+        assert y.unique(return_counts=True)[1].tolist() == [4] * 8
+
+
+def test_recall_is_a_hit_among_the_nearest_others():
+    embeddings = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9], [0.7, 0.7]])
+    labels = torch.tensor([0, 1, 1, 1, 0])
+    # nearest: 0 -> 1, 4; 1 -> 0, 4; 2 -> 3; 3 -> 2; 4 -> 1 or 3, then the other, then 0 or 2
+    got = evaluate.recall_at_k(embeddings, labels, ks=(1, 2))
+    assert got == {"Recall@1": pytest.approx(2 / 5), "Recall@2": pytest.approx(3 / 5)}
+
+
+def test_recall_at_1_is_pmls_precision_at_1():
+    from pytorch_metric_learning.distances import CosineSimilarity
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+    from pytorch_metric_learning.utils.inference import CustomKNN
+
+    embeddings, labels = torch.randn(60, 5), torch.arange(60) % 6
+    calculator = AccuracyCalculator(
+        include=("precision_at_1",), k=1, knn_func=CustomKNN(CosineSimilarity())
+    )
+    expected = calculator.get_accuracy(embeddings, labels)["precision_at_1"]
+    assert evaluate.evaluate(embeddings, labels)["Recall@1"] == pytest.approx(expected)
+
+
+def test_sizes_are_filled_in_where_the_constructor_demands_them():
+    assert make_loss("P2SGradLoss", {}, 7, 5).weight.shape == (5, 7)
+    assert make_loss("SubCenterArcFaceLoss", {"sub_centers": 2}, 7, 5).W.shape == (5, 14)
+    assert make_loss("MarginLoss", {}, 7, 5).beta.shape == (1,)
+    assert make_miner("none", {}) is None
