@@ -152,9 +152,7 @@ def loss(ax: Axes, y: float, text: str, colour: str) -> None:
 def matrix(ax: Axes, y: float, values: Tensor, title: str, colour: str) -> None:
     """A heat map of similarities with its name to the left."""
     x0, x1, y0, y1 = MATRIX - SIDE / 2, MATRIX + SIDE / 2, y - SIDE / 2, y + SIDE / 2
-    ax.imshow(
-        values.numpy(), extent=(x0, x1, y0, y1), cmap=SIMILARITY, vmin=0, vmax=1, zorder=2
-    )
+    ax.imshow(values.numpy(), extent=(x0, x1, y0, y1), cmap=SIMILARITY, vmin=0, vmax=1, zorder=2)
     ax.add_patch(Rectangle((x0, y0), SIDE, SIDE, fc="none", ec=colour, lw=2.4, zorder=3))
     label(ax, x0 - 0.62, y - 0.3, title, 16, colour)
 

@@ -54,30 +54,58 @@ def parser() -> argparse.ArgumentParser:
     add = group("base loss, by class name of pytorch-metric-learning")
     add("--loss", default="MultiSimilarityLoss", metavar="CLASS", help="default: %(default)s")
     add("--loss-args", **pairs, help="keyword arguments, such as alpha=2 beta=50")
-    add("--miner", default="MultiSimilarityMiner", metavar="CLASS",
-        help="or none; default: %(default)s")  # fmt: skip
+    add(
+        "--miner",
+        default="MultiSimilarityMiner",
+        metavar="CLASS",
+        help="or none; default: %(default)s",
+    )
     add("--miner-args", **pairs, help="keyword arguments, such as epsilon=0.1")
 
     add = group("S2SD")
-    add("--variant", default="msdf", choices=("dsd", "msd", "msdf", "msdfa"),
-        help="one head; several; and feature distillation; and max pooling; default: %(default)s")  # fmt: skip
-    add("--dims", type=positive, nargs="+", metavar="D",
-        help=f"dimensions of the heads; default: {' '.join(map(str, DIMS))}, or the last for dsd")  # fmt: skip
+    add(
+        "--variant",
+        default="msdf",
+        choices=("dsd", "msd", "msdf", "msdfa"),
+        help="one head; several; and feature distillation; and max pooling; default: %(default)s",
+    )
+    add(
+        "--dims",
+        type=positive,
+        nargs="+",
+        metavar="D",
+        help=f"dimensions of the heads; default: {' '.join(map(str, DIMS))}, or the last for dsd",
+    )
     add("--temperature", type=float, default=1.0, help="default: %(default)s")
-    add("--weight", type=float, default=5.0,
-        help="of the heads' distillation; default: %(default)s, paper: 50")  # fmt: skip
-    add("--feature-weight", type=float,
-        help=f"of feature distillation; default: {FEATURE_WEIGHT}, paper: 50")  # fmt: skip
-    add("--feature-delay", type=int, default=100,
-        help="step at which feature distillation starts; default: %(default)s, paper: 1000")  # fmt: skip
+    add(
+        "--weight",
+        type=float,
+        default=5.0,
+        help="of the heads' distillation; default: %(default)s, paper: 50",
+    )
+    add(
+        "--feature-weight",
+        type=float,
+        help=f"of feature distillation; default: {FEATURE_WEIGHT}, paper: 50",
+    )
+    add(
+        "--feature-delay",
+        type=int,
+        default=100,
+        help="step at which feature distillation starts; default: %(default)s, paper: 1000",
+    )
     add("--exclude-self", action="store_true", help="leave self-similarities out of the softmaxes")
 
     add = group("training, the same for both runs")
     add("--epochs", type=positive, default=20, help="default: %(default)s")
     add("--steps-per-epoch", type=positive, default=25, help="default: %(default)s")
     add("--batch-size", type=positive, default=128, help="default: %(default)s, paper: 112")
-    add("--per-class", type=positive, default=4,
-        help="images of a class in a batch; default: %(default)s, paper: 2")  # fmt: skip
+    add(
+        "--per-class",
+        type=positive,
+        default=4,
+        help="images of a class in a batch; default: %(default)s, paper: 2",
+    )
     add("--lr", type=float, default=3e-3, help="default: %(default)s, paper: 1e-5")
     add("--head-lr", type=float, help="of the auxiliary heads; default: --lr")
     add("--loss-lr", type=float, help="of proxies and other loss parameters; default: --lr")
@@ -89,8 +117,11 @@ def parser() -> argparse.ArgumentParser:
 
     add = group("what to run and where to write")
     add("--baseline-only", action="store_true", help="train the base loss alone")
-    add("--validation", action="store_true",
-        help="hold out 40 training classes and evaluate on them, to choose settings")  # fmt: skip
+    add(
+        "--validation",
+        action="store_true",
+        help="hold out 40 training classes and evaluate on them, to choose settings",
+    )
     add("--output", type=Path, default=Path("runs/icons400"), help="default: %(default)s")
     add("--quiet", action="store_true", help="no progress bars")
     return main

@@ -13,7 +13,7 @@ from report import Run
 
 matplotlib.use("Agg")  # draws to files, with or without a screen
 
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 BASE, S2SD = "#7f7f7f", "#1f77b4"
 RIGHT, WRONG, QUERY = "#2ca02c", "#d62728", "#333333"

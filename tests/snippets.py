@@ -1,6 +1,6 @@
 """Run the Python blocks of a Markdown page, in order, in one namespace.
 
-    python tests/snippets.py README.md
+python tests/snippets.py README.md
 """
 
 from __future__ import annotations

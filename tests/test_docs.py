@@ -1,4 +1,4 @@
-"""README and docs: every Python block runs, every link leads somewhere, every public name is there."""
+"""README and docs: Python blocks run, links lead somewhere, every public name is there."""
 
 import re
 from pathlib import Path
