@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .errors import ArgumentError, BatchError, S2SDError
 
+GRAM_BLOCK = 512  # rows at a time; smaller batches are one product
+
 
 def relation_kl(
     student: Tensor,
@@ -144,23 +146,14 @@ class _RelationKL(torch.autograd.Function):
         alone = exclude_self and len(student) == 1
         for a in () if alone else range(start, stop, chunk_size):
             b = min(a + chunk_size, stop)
-
-            def log_relations(x: Tensor, a: int = a, b: int = b) -> Tensor:
-                similarities = (x[a:b] @ x.T).div_(temperature)
-                if exclude_self:
-                    similarities.diagonal(a).fill_(-math.inf)
-                log_p = similarities.log_softmax(dim=1)
-                if exclude_self:  # probability 0 and log-ratio 0, without inf - inf
-                    log_p.diagonal(a).fill_(torch.finfo(log_p.dtype).min)
-                return log_p
-
-            log_student = log_relations(student)
+            log_student = _log_relations(student, a, b, temperature, exclude_self)
             target = torch.zeros_like(log_student)
             for j, (teacher, weight) in enumerate(zip(teachers, weights, strict=True)):
-                log_teacher = log_relations(teacher)
+                log_teacher = _log_relations(teacher, a, b, temperature, exclude_self)
                 p_teacher = log_teacher.exp()
-                per_teacher[j] += log_teacher.sub_(log_student).mul_(p_teacher).sum()
                 target.add_(p_teacher, alpha=weight)
+                log_ratio = log_teacher.sub_(log_student)
+                per_teacher[j] += torch.dot(p_teacher.view(-1), log_ratio.view(-1))
             if grad is not None:
                 # d total / d similarities, up to the factor T / number of rows
                 delta = log_student.exp_().mul_(sum(weights)).sub_(target)
@@ -184,6 +177,32 @@ class _RelationKL(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: a second derivative may follow
             grad = _FirstOrderOnly.apply(grad.requires_grad_())  # type: ignore[no-untyped-call]
         return grad, *nones
+
+
+def _log_relations(x: Tensor, a: int, b: int, temperature: float, exclude_self: bool) -> Tensor:
+    """Rows a to b of log softmax(cos(x) / T), for unit rows x."""
+    similarities = _gram(x) if b - a == len(x) else x[a:b] @ x.T
+    if temperature != 1:
+        similarities.div_(temperature)
+    if exclude_self:
+        similarities.diagonal(a).fill_(-math.inf)
+    log_p = similarities.log_softmax(dim=1)
+    if exclude_self:  # probability 0 and log-ratio 0, without inf - inf
+        log_p.diagonal(a).fill_(torch.finfo(log_p.dtype).min)
+    return log_p
+
+
+def _gram(x: Tensor) -> Tensor:
+    """x @ x.T at little more than half its cost: it is symmetric."""
+    n = len(x)
+    if n <= GRAM_BLOCK:
+        return x @ x.T
+    gram = x.new_empty(n, n)
+    for a in range(0, n, GRAM_BLOCK):
+        b = min(a + GRAM_BLOCK, n)
+        gram[a:b, a:] = x[a:b] @ x[a:].T
+        gram[b:, a:b] = gram[a:b, b:].T
+    return gram
 
 
 class _FirstOrderOnly(torch.autograd.Function):

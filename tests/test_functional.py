@@ -7,7 +7,7 @@ from helpers import plain_kl
 from hypothesis import given, settings
 
 from s2sd_pml.errors import ArgumentError, BatchError, S2SDError
-from s2sd_pml.functional import relation_kl, relation_kl_reference
+from s2sd_pml.functional import GRAM_BLOCK, relation_kl, relation_kl_reference
 
 
 def value_and_grad(function, student, teachers, **kwargs):
@@ -92,6 +92,18 @@ def test_gradcheck(chunk_size, exclude_self):
         )[0]
 
     assert torch.autograd.gradcheck(total, student)
+
+
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("chunk_size", [None, 300, 2000])
+def test_batches_of_several_blocks(chunk_size, exclude_self):
+    batch = 2 * GRAM_BLOCK + 77
+    student, teachers = torch.randn(batch, 6).double(), [torch.randn(batch, 9).double()]
+    kwargs = {"weights": [3.0], "temperature": 0.5, "exclude_self": exclude_self}
+    got = value_and_grad(relation_kl, student, teachers, chunk_size=chunk_size, **kwargs)
+    expected = value_and_grad(relation_kl_reference, student, teachers, **kwargs)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
 
 
 def test_teachers_get_no_gradient():
