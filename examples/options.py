@@ -15,7 +15,7 @@ EPILOG = """\
 The paper's settings (ResNet50 on CUB200-2011 and Cars196, 150 epochs) are
   --variant msdf --dims 512 1024 1536 2048 --temperature 1 --weight 50 --feature-weight 50
   --feature-delay 1000 --lr 1e-5 --weight-decay 4e-4 --batch-size 112 --per-class 2
-The defaults above are for a network of 0.1 million parameters, trained for a minute. They were
+The defaults above are for a network of 0.1 million parameters, trained for under a minute. They were
 chosen with --validation, on classes held out from training, not on the test classes.
 """
 
@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
 
     add = group("training, the same for both runs")
     add("--epochs", type=positive, default=20, help="default: %(default)s")
-    add("--steps-per-epoch", type=positive, default=25, help="default: %(default)s")
+    add("--steps-per-epoch", type=positive, default=50, help="default: %(default)s")
     add("--batch-size", type=positive, default=128, help="default: %(default)s, paper: 112")
     add(
         "--per-class",

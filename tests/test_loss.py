@@ -74,7 +74,7 @@ def test_value_and_gradients_are_the_equations(kind, kwargs):
             gradients(got, model, loss_func), gradients(expected, model, loss_func), strict=True
         ):
             a, b = (torch.zeros(()) if g is None else g for g in (a, b))
-            torch.testing.assert_close(a.broadcast_to(b.shape), b, rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(a.broadcast_to(b.shape), b, rtol=1e-10, atol=1e-10)
         assert int(loss_func.step) == step + 1
 
 
