@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real  # NumPy's numbers too
 from typing import Any
 
 from pytorch_metric_learning.reducers import DoNothingReducer
@@ -40,7 +41,7 @@ def head_dims(dims: Sequence[int]) -> tuple[int, ...]:
 def value_of(name: str, schedule: Any, step: int) -> float:
     """A weight at a training step, finite and at least 0."""
     value = schedule(step) if callable(schedule) else schedule
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0:
         at = f" at step {step}" if callable(schedule) else ""
         raise ArgumentError(
@@ -56,7 +57,7 @@ def scalars(loss: Any) -> None:
         if not callable(getattr(loss, name)):
             value_of(name, getattr(loss, name), 0)
     t = loss.temperature
-    if not isinstance(t, (int, float)) or isinstance(t, bool) or not (t > 0 and math.isfinite(t)):
+    if not isinstance(t, Real) or isinstance(t, bool) or not 0 < float(t) < math.inf:
         raise ArgumentError(f"temperature={t!r} must be a finite number above 0.")
     whole("feature_delay", loss.feature_delay, at_least=0)
     if loss.chunk_size is not None:

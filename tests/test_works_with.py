@@ -2,13 +2,14 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
-from helpers import CPU_FLOAT16, Model, images, labels
+from helpers import CPU_FLOAT16, F_DIM, Model, images, labels
 from pytorch_metric_learning import losses, miners
 from torch.utils.checkpoint import checkpoint
 
-from s2sd_pml import S2SDLoss
+from s2sd_pml import FeatureCapture, S2SDLoss
 
 
 def make(**kwargs):
@@ -85,9 +86,10 @@ def test_autocast_with_a_grad_scaler(dtype):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loss_func.add_to(optimizer)
     before = copy.deepcopy([model, loss_func])
-    scaler = torch.cuda.amp.GradScaler(enabled=False)
-    if hasattr(torch, "amp") and hasattr(torch.amp, "GradScaler"):
+    if hasattr(torch.amp, "GradScaler"):
         scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    else:  # before torch 2.3 there was none for the CPU
+        scaler = torch.cuda.amp.GradScaler(enabled=False)
     for _ in range(2):
         with torch.autocast("cpu", dtype=dtype):
             loss = loss_func(model(images()), labels())
@@ -130,9 +132,43 @@ def test_resume_is_bit_identical():
     assert second[1].components["feature_distill"] > 0
 
 
-def test_a_compiled_model():
+@pytest.mark.parametrize("where", ["embedder", "trunk"])
+def test_a_compiled_model_has_one_graph_break_at_the_hook(where):
+    torch._dynamo.reset()
     plain, compiled, x = make(), make(), images()
     plain[1](plain[0](x), labels()).backward()
     model, loss_func = compiled
+    if where == "trunk":
+        loss_func.capture = FeatureCapture(model.trunk, "output")
+    assert torch._dynamo.explain(model)(x).graph_break_count == 1
+    torch._dynamo.reset()
     loss_func(torch.compile(model, backend="aot_eager")(x), labels()).backward()
     assert_same_gradients(plain, compiled, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_model_without_graph_break_with_explicit_features():
+    torch._dynamo.reset()
+    plain, compiled, x = make(), make(embedder=None, feature_dim=F_DIM), images()
+    plain[1](plain[0](x), labels()).backward()
+    model, loss_func = compiled
+
+    def forward(images):
+        features = model.trunk(images).mean(dim=(2, 3))
+        return model.embedder(features), features
+
+    embeddings, features = torch.compile(forward, backend="aot_eager", fullgraph=True)(x)
+    loss_func(embeddings, labels(), features=features).backward()
+    assert_same_gradients(plain, compiled, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_loss_gives_the_same():
+    torch._dynamo.reset()
+    model, loss_func = make()
+    embeddings = model(images())
+    compiled = torch.compile(loss_func, backend="eager")
+    assert torch.equal(compiled(embeddings, labels()), loss_func(embeddings, labels()))
+
+
+def test_numpy_numbers_are_numbers():
+    model, loss_func = make(weight=lambda step: np.float32(2.0), temperature=np.float64(0.5))
+    loss_func(model(images()), labels()).backward()
