@@ -7,17 +7,19 @@ back from the embeddings to the note.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, MissingFeaturesError
 from .rows import UnfollowableError, follow_rows
 
 Side = Literal["input", "output"]
-MAX_NODES = 400  # a walk that long has left the embedder
+MAX_NODES = 4000  # a walk that long has left the embedder
 
 
 class FeatureCapture:
@@ -56,8 +58,19 @@ class FeatureCapture:
         self.side: Side = side
         self._module = weakref.ref(module)
         self._key = object()  # of this capture's notes, in the nodes' metadata
-        handle = module.register_forward_hook(_Hook(self), with_kwargs=True)
-        self._finalizer = weakref.finalize(self, handle.remove)
+        self._before = threading.local()
+        self._before.versions = []
+        try:
+            handles = [
+                module.register_forward_pre_hook(_PreHook(self), with_kwargs=True),
+                module.register_forward_hook(_Hook(self), with_kwargs=True),
+            ]
+        except RuntimeError as error:  # a scripted module
+            raise ArgumentError(
+                f"{type(module).__name__} takes no forward hooks ({error}). "
+                "Pass features=... to the loss instead."
+            ) from None
+        self._finalizer = weakref.finalize(self, _remove, handles)
         self._finalizer.atexit = False
 
     @property
@@ -91,8 +104,9 @@ class FeatureCapture:
             raise MissingFeaturesError(
                 f"No captured forward of {self._describe()} leads to these embeddings of shape "
                 f"{tuple(embeddings.shape)}, grad_fn {embeddings.grad_fn.name()}. They come from "
-                "another model or copy of it, from before the loss was built, from a forward under "
-                f"no_grad, or from a module inside a replica. {mend}"
+                "another model or a copy of it, from a frozen trunk (name the embedder instead), "
+                "from a forward under no_grad or before the loss was built (a compiled model keeps "
+                f"its old graph), or from a module inside a replica. {mend}"
             )
         return features
 
@@ -124,6 +138,8 @@ class FeatureCapture:
         if note is None:
             return None
         features, version = note
+        if isinstance(features, str):
+            raise MissingFeaturesError(f"{features} Pass features=... to the loss.")
         if features._version != version:
             raise MissingFeaturesError(
                 f"The features captured at {self._describe()} were changed in place after they "
@@ -131,59 +147,102 @@ class FeatureCapture:
             )
         return features  # type: ignore[no-any-return]
 
+    def _remember_versions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the forward: what the inputs' versions are, to see a change in place."""
+        inputs = _features_among([*args, *kwargs.values()])
+        self._before.versions = [(id(t), t._version) for t in inputs if not t.is_inference()]
+
     def _note(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Note the features on the nodes of the outputs; return a replacement output or None."""
+        """Note the features on the nodes of the outputs; return a replacement output or None.
+
+        Where the features are unclear, note why: it matters only if a loss asks for them.
+        """
         outputs = [t for t in _tensors(output) if t.grad_fn is not None]
         if not outputs:
             return None
-        if self.side == "output":
-            if not isinstance(output, Tensor):
-                raise MissingFeaturesError(
-                    f"{self._describe()} returns {type(output).__name__}, so it is unclear which "
-                    "part is the features. Pass embedder=<module> or features=... instead."
-                )
-            features = output
-        else:
-            inputs = next(_tensors([*args, *kwargs.values()]), None)
-            if inputs is None:
-                raise MissingFeaturesError(
-                    f"{self._describe()} was called without a tensor. Pass features=... instead."
-                )
-            features = inputs
+        features = self._find(args, kwargs, output)
+        version = features._version if isinstance(features, Tensor) else 0
         # A note on the features' own node would keep itself alive; a fresh node will not.
         replacement = None
-        if any(t.grad_fn is features.grad_fn for t in outputs):
-            if not isinstance(output, Tensor):
-                raise MissingFeaturesError(
-                    f"{self._describe()} returns its own input within {type(output).__name__}. "
-                    "Pass features=... to the loss instead."
-                )
-            replacement = output.clone()
-            outputs = [replacement]
+        own = features.grad_fn if isinstance(features, Tensor) else None
+        if own is not None and any(t.grad_fn is own for t in outputs):
+            if isinstance(output, Tensor):
+                replacement = output.clone()
+                outputs = [replacement]
+            else:
+                features = f"{self._describe()} returns its input inside {type(output).__name__}."
         for t in outputs:
             node: Any = t.grad_fn
-            node.metadata[self._key] = (features, features._version)
+            node.metadata[self._key] = (features, version)
         return replacement
 
+    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | str:
+        """The features of a forward, or why they are unclear."""
+        if self.side == "output":
+            if isinstance(output, Tensor):
+                return output
+            return (
+                f"{self._describe()} returns {type(output).__name__}, so it is unclear which part "
+                "is the features. Name the embedder instead: embedder=<module>."
+            )
+        inputs = _features_among([*args, *kwargs.values()])
+        if len(inputs) != 1:
+            shapes = [tuple(t.shape) for t in inputs]
+            return (
+                f"{self._describe()} was called with {len(inputs)} floating point tensors of two "
+                f"or more dimensions, of shapes {shapes}; it is unclear which is the features."
+            )
+        before = dict(self._before.versions)
+        if before.get(id(inputs[0]), inputs[0]._version) != inputs[0]._version:
+            return (
+                f"{self._describe()} changes its input in place (a ReLU with inplace=True?), so "
+                "the features are gone. Make its first operation out-of-place."
+            )
+        return inputs[0]
 
-class _Hook:
-    """The forward hook. It keeps neither the capture nor the module alive; its copies are idle."""
+
+class _Watch:
+    """A hook that keeps neither the capture nor the module alive; its copies are idle."""
 
     def __init__(self, capture: FeatureCapture | None = None) -> None:
         self._capture = None if capture is None else weakref.ref(capture)
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def capture_of(self, module: nn.Module) -> FeatureCapture | None:
+        """The capture, if it lives and watches this very module and a graph is built."""
         capture = None if self._capture is None else self._capture()
-        if capture is None or capture.module is not module:
-            return None
-        return capture._note(args, kwargs, output)
+        watches = capture is not None and capture.module is module and torch.is_grad_enabled()
+        return capture if watches else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, ()
+        return type(self), ()
+
+
+class _PreHook(_Watch):
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        capture = self.capture_of(module)
+        if capture is not None:
+            capture._remember_versions(args, kwargs)
+
+
+class _Hook(_Watch):
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        capture = self.capture_of(module)
+        return None if capture is None else capture._note(args, kwargs, output)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _nothing() -> None:
     return None
+
+
+def _features_among(values: list[Any]) -> list[Tensor]:
+    """The different tensors that may be features: floating point, two or more dimensions."""
+    found = {id(t): t for t in _tensors(values) if t.is_floating_point() and t.ndim > 1}
+    return list(found.values())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

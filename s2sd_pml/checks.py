@@ -34,6 +34,10 @@ def batch(embeddings: Any, labels: Any, ref_emb: Any, loss: nn.Module) -> None:
                 f"labels have shape {tuple(labels.shape)} but there are {len(embeddings)} "
                 f"embeddings. Pass labels of shape ({len(embeddings)},)."
             )
+    if labels is not None and isinstance(loss, losses.SelfSupervisedLoss):
+        raise BatchError(
+            "SelfSupervisedLoss takes no labels. Call loss_func(embeddings, ref_emb=...)."
+        )
     if ref_emb is not None:
         if isinstance(loss, (losses.CrossBatchMemory, losses.MultipleLosses)):
             raise BatchError(

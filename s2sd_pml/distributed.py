@@ -28,6 +28,7 @@ class Gather:
     def __init__(self, embeddings: Tensor, enabled: bool) -> None:
         ready = enabled and dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size() if ready else 1
+        self.device = embeddings.device
         self.own_rows: tuple[int, int] | None = None
         if self.world_size > 1:
             self.sizes = _batch_sizes(embeddings, self.world_size)
@@ -39,7 +40,9 @@ class Gather:
 
     def __call__(self, x: T) -> T:
         """The rows of all ranks."""
-        return x if x is None or self.world_size == 1 else _gather_rows(x, self.sizes)
+        if x is None or self.world_size == 1:
+            return x
+        return _gather_rows(x.to(self.device), self.sizes)
 
     def joined(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """The rows of all ranks of several tensors (B, d_i), in one collective."""

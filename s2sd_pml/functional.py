@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -240,14 +241,14 @@ def _validate(
             )
     if len(student) == 0:
         raise BatchError("student has no rows. Skip empty batches (drop_last=True).")
-    if len(weights) != len(teachers):
+    if not isinstance(weights, Sequence) or len(weights) != len(teachers):
         raise ArgumentError(
-            f"{len(weights)} weights for {len(teachers)} teachers. Pass one for each teacher."
+            f"weights={weights!r} for {len(teachers)} teachers. Pass one for each teacher."
         )
     for weight in weights:
-        if not (math.isfinite(weight) and weight >= 0):
+        if not isinstance(weight, Real) or not (math.isfinite(weight) and weight >= 0):
             raise ArgumentError(f"weights={list(weights)!r}: each must be finite and at least 0.")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not isinstance(temperature, Real) or not 0 < float(temperature) < math.inf:
         raise ArgumentError(f"temperature={temperature!r} must be finite and above 0.")
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ArgumentError(f"chunk_size={chunk_size!r} must be a whole number above 0, or None.")

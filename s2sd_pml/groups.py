@@ -26,6 +26,8 @@ def add(
     optimizer: optim.Optimizer, new_groups: list[dict[str, Any]], options: dict[str, Any]
 ) -> None:
     """Add groups to an optimizer, without the parameters that it holds already."""
+    if not isinstance(optimizer, optim.Optimizer):
+        raise OptimizerError(f"add_to needs a torch optimizer, not {type(optimizer).__name__}.")
     if any("initial_lr" in group for group in optimizer.param_groups):
         raise OptimizerError(
             f"A scheduler was built already for this {type(optimizer).__name__} with "

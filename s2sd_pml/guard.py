@@ -4,46 +4,43 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import deque
 from typing import Any
 
 from torch import Tensor, nn
 
 from .errors import OptimizerWarning
 
-PATIENCE = 3  # optimizer steps of the model that the heads may sit out
+PATIENCE = 5  # optimizer steps of the model that the heads may sit out
 MAX_NODES = 400
+LEAVES = 8
 
 
 class OptimizerGuard:
-    """Warn once if the model's parameters are stepped and the heads' are not.
+    """Warn once if the model's parameters are stepped and a head's are not.
 
     An optimizer writes parameters in place, which their version counters show, even at a learning
-    rate of 0. A parameter of the model, found in the graph of the embeddings, sets the pace: any
-    number of forwards may accumulate gradients between two steps of it.
+    rate of 0. Some parameters of the model, found in the graph of the embeddings, set the pace: any
+    number of forwards may accumulate gradients between two steps of them.
     """
 
     def __init__(self) -> None:
         self._done = False
         self._paced = 0
-        self._pace: tuple[weakref.ref[Tensor], int] | None = None
-        self._start: dict[str, tuple[int, Tensor]] | None = (
-            None  # version and sum of each parameter
-        )
+        self._pace: dict[weakref.ref[Tensor], int] = {}  # leaves of the model: their versions
+        self._start: dict[str, list[tuple[int, Tensor]]] = {}  # versions and sums at the start
 
     def check(self, heads: dict[str, nn.Module], embeddings: Tensor) -> None:
         """Look once, in a training forward whose auxiliary losses have a gradient."""
         if self._done:
             return
-        now = {
-            f"{head}.{name}": p
-            for head, module in heads.items()
-            for name, p in module.named_parameters()
-            if p.requires_grad
-        }
-        if self._start is None:
-            self._start = {name: (p._version, p.detach().sum()) for name, p in now.items()}
-        start = self._start
-        still = [name for name, p in now.items() if name in start and p._version == start[name][0]]
+        trained = {n: [p for p in m.parameters() if p.requires_grad] for n, m in heads.items()}
+        trained = {name: parameters for name, parameters in trained.items() if parameters}
+        if not self._start:
+            self._start = {
+                n: [(p._version, p.detach().sum()) for p in ps] for n, ps in trained.items()
+            }
+        still = [name for name, ps in trained.items() if self._versions_stand(name, ps)]
         if not still:
             self._done = True
         elif self._model_stepped(embeddings):
@@ -51,26 +48,34 @@ class OptimizerGuard:
             if self._paced >= PATIENCE:
                 self._done = True
                 # an old-fashioned optimizer that writes to p.data leaves no trace in the version
-                still = [n for n in still if bool(now[n].detach().sum() == start[n][1])]
-                self._warn(still, len(now))
+                self._warn([n for n in still if self._values_stand(n, trained[n])], len(trained))
+
+    def _versions_stand(self, name: str, parameters: list[nn.Parameter]) -> bool:
+        start = self._start.get(name, [])
+        pairs = zip(parameters, start, strict=False)
+        return len(start) == len(parameters) and all(p._version == v for p, (v, _) in pairs)
+
+    def _values_stand(self, name: str, parameters: list[nn.Parameter]) -> bool:
+        pairs = zip(parameters, self._start[name], strict=True)
+        return all(bool(p.detach().sum() == total) for p, (_, total) in pairs)
 
     def _model_stepped(self, embeddings: Tensor) -> bool:
-        parameter = self._pace[0]() if self._pace else None
-        if self._pace is None or parameter is None:
-            parameter = _parameter_behind(embeddings)
-            self._pace = None if parameter is None else (weakref.ref(parameter), parameter._version)
+        before = {ref: version for ref, version in self._pace.items() if ref() is not None}
+        if not before:
+            leaves = _parameters_behind(embeddings)
+            self._pace = {weakref.ref(leaf): leaf._version for leaf in leaves}
             return False
-        before = self._pace[1]
-        self._pace = (self._pace[0], parameter._version)
-        return parameter._version != before
+        leaves_now = ((ref, ref()) for ref in before)
+        self._pace = {ref: leaf._version for ref, leaf in leaves_now if leaf is not None}
+        return self._pace != before
 
     def _warn(self, still: list[str], total: int) -> None:
         if not still:
             return
         warnings.warn(
-            f"The model was stepped {self._paced} times, but {len(still)} of the {total} "
-            f"parameters of the auxiliary heads never changed (first: {still[0]}). They are in no "
-            "optimizer, so S2SD distils from untrained heads. Mend: loss_func.add_to(optimizer), "
+            f"The model was stepped {self._paced} times, but the parameters of {len(still)} of the "
+            f"{total} auxiliary heads never changed ({', '.join(still)}). They seem to be in no "
+            "optimizer: then S2SD distils from untrained heads. Mend: loss_func.add_to(optimizer), "
             "or build the optimizer over [*model.parameters(), *loss_func.parameters()]; with a "
             "PML trainer pass an optimizer over loss_func.parameters() as 'metric_loss_optimizer'.",
             OptimizerWarning,
@@ -81,18 +86,17 @@ class OptimizerGuard:
         return OptimizerGuard().__dict__  # a copied or unpickled loss watches anew
 
 
-def _parameter_behind(embeddings: Tensor) -> Tensor | None:
-    """Some leaf that the embeddings depend on, from the first nodes of their graph."""
-    queue: list[Any] = [embeddings.grad_fn]
+def _parameters_behind(embeddings: Tensor) -> list[Tensor]:
+    """The nearest leaves that the embeddings depend on."""
+    queue = deque([embeddings.grad_fn])
     seen: set[Any] = {None}
-    for _ in range(MAX_NODES):
-        if not queue:
-            return None
-        node = queue.pop(0)
+    leaves: list[Tensor] = []
+    while queue and len(seen) < MAX_NODES and len(leaves) < LEAVES:
+        node: Any = queue.popleft()
         if node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            return node.variable  # type: ignore[no-any-return]
+            leaves.append(node.variable)
         queue.extend(child for child, _ in node.next_functions)
-    return None
+    return leaves

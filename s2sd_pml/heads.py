@@ -42,6 +42,24 @@ class ProjectionHead(nn.Module):
         return embeddings
 
 
+class Unowned:
+    """Calls a module without owning it: a pooling that is part of the model is trained there."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, features: Tensor) -> Tensor:
+        pooled: Tensor = self.module(features)
+        return pooled
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Unowned:
+        module = memo.get(id(self.module), self.module)
+        return Unowned(module)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return repr(self.module)
+
+
 def check_pooling(pooling: object) -> None:
     """Refuse a pooling that is neither known by name nor callable."""
     if pooling not in POOLINGS and not callable(pooling):

@@ -17,7 +17,7 @@ from .cloning import clone_loss, clone_miner
 from .errors import ArgumentError
 from .functional import relation_kl
 from .guard import OptimizerGuard
-from .heads import Pooling, ProjectionHead, pool
+from .heads import POOLINGS, Pooling, ProjectionHead, Unowned, pool
 from .settings import value_of
 
 Schedule = float | Callable[[int], float]
@@ -121,14 +121,16 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         self.temperature = temperature
         self.feature_weight = feature_weight
         self.feature_delay = feature_delay
-        self.pooling = pooling
+        self.pooling = Unowned(pooling) if isinstance(pooling, nn.Module) else pooling
         self.exclude_self = exclude_self
         self.chunk_size = chunk_size
         self.gather_distributed = gather_distributed
         self.head_dims = settings.head_dims(head_dims)
         settings.scalars(self)
         settings.modules(loss, miner, embedder, trunk, head)
-        self.feature_dim = settings.feature_dim(feature_dim, embedder, trunk, needed=self._distils)
+        self.feature_dim = settings.feature_dim(
+            feature_dim, embedder, trunk, plain_pooling=pooling in POOLINGS, needed=self._distils
+        )
         self.loss = settings.base_loss(loss, embedding_size, embedder)
         self.miner = miner
         self.branches = nn.ModuleDict()
@@ -141,6 +143,9 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
                 else settings.made_by(loss, dim),
                 None if miner is None else clone_miner(miner),
             )
+        settings.independent("loss", [self.loss, *(b.loss for _, b in self._branches())])
+        settings.independent("head", [b.head for _, b in self._branches()])
+        settings.takes_pairs(self.loss, miner)
         self.register_buffer("step", torch.tensor(0))
         self.capture: FeatureCapture | None = None
         if self._distils and embedder is not None:
@@ -211,14 +216,17 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
 
         step = int(self.step)
         φ = self._features(features, embeddings, "features")
-        φ_ref = self._features(ref_features, ref_emb, "ref_features")
+        φ_ref = (
+            None if ref_emb is embeddings else self._features(ref_features, ref_emb, "ref_features")
+        )
         gather = distributed.Gather(embeddings, self.gather_distributed)
         checks.gatherable(gather.world_size, indices_tuple, ref_emb)
         ψ, labels = gather(embeddings), gather(labels)
 
         # 1/2 [ L(ψ) + mean_i L(g_i(φ)) ]
         base = metric_loss(self.loss, self.miner, ψ, labels, indices_tuple, ref_emb, ref_labels)
-        projected, projected_ref = gather.joined(self._project(φ)), self._project(φ_ref)
+        projected = gather.joined(self._project(φ))
+        projected_ref = projected if ref_emb is embeddings else self._project(φ_ref)
         aux = [
             metric_loss(
                 branch.loss,
@@ -300,7 +308,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         Parameters that the optimizer holds already are left where they are.
         """
         own = {k: group.pop(k) for k in ("lr", "weight_decay", "loss_lr") if k in group}
-        own.setdefault("lr", optimizer.defaults.get("lr"))
+        own.setdefault("lr", getattr(optimizer, "defaults", {}).get("lr"))
         groups.add(optimizer, self.param_groups(**own), group)
         return self
 

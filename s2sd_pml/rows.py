@@ -1,11 +1,12 @@
 """Follow rows of embeddings back through the autograd graph to what was noted on a node.
 
-Rows keep their order through nearly every operation of an embedder. The operations that select or
-join rows are replayed on the notes; those known to reorder or mix rows are refused.
+Operations that select or join rows are replayed on the notes, those known to keep rows in their
+order are passed, and everything else is refused: wrong rows would be a silent mistake.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,16 +18,28 @@ class UnfollowableError(Exception):
     """The rows were joined or reordered in a way that cannot be replayed."""
 
 
-# Operations that move rows if they act on dimension 0, and are not replayed here.
-ROW_MOVING = (
-    "FlipBackward0 RollBackward0 GatherBackward0 SortBackward0 TopkBackward0 ScatterBackward0 "
-    "ScatterBackward1 ScatterAddBackward0 IndexPutBackward0 IndexAddBackward0 IndexCopyBackward0 "
-    "RepeatBackward0 MaskedSelectBackward0 TakeBackward0 TBackward0 StackBackward0 "
-    "UnbindBackward0 SelectBackward0 CumsumBackward0 TransposeBackward0 PermuteBackward0"
-).split()
-
+# Row i of the result comes from row i of the input.
+KEEPS_ROWS = set(
+    "Abs Add Addcdiv Addcmul Alias Bernoulli Celu Clamp ClampMax ClampMin Clone Contiguous "
+    "Copy Cos Div Elu Erf Exp Expm1 FusedDropout Gelu Hardsigmoid Hardswish Hardtanh "
+    "LeakyRelu Lerp Log Log1p LogSigmoid LogSoftmax MaskedFill Maximum Minimum Mish Mul "
+    "NanToNum NativeDropout Neg Pow Prelu PreluKernel Reciprocal Relu Rrelu Rsqrt Rsub Selu "
+    "Sigmoid Sign Silu Sin Softmax Softplus Sqrt Sub Tanh Threshold ToCopy Where _DDPSink "
+    "AdaptiveAvgPool1D AdaptiveAvgPool2D AdaptiveMaxPool2D AvgPool1D AvgPool2D Baddbmm Bmm "
+    "Convolution CudnnBatchNorm MaxPool2DWithIndices MiopenBatchNorm MkldnnConvolution "
+    "NativeBatchNorm NativeGroupNorm NativeLayerNorm".split()
+)
 # The rows of a matrix product are those of its left factor: the factor's place among the inputs.
-LEFT_FACTOR = {"MmBackward0": 0, "AddmmBackward0": 1}
+LEFT_FACTOR = {"Mm": 0, "Addmm": 1}
+# Keeps rows unless it reduces dimension 0: then it is a statistic of the batch, without rows.
+REDUCES = set("Amax Amin LinalgVectorNorm Logsumexp Max Mean Min Norm Prod Std Sum Var".split())
+# Keep rows if they leave the size of dimension 0 alone.
+RESHAPES = set("Expand ReshapeAlias Squeeze UnsafeView Unsqueeze View".split())
+# Keep rows if they act on other dimensions than 0.
+ACTS_ON_DIMENSIONS = set(
+    "Cat Cumsum Flip IndexSelect Permute Select Slice Sort Split SplitWithSizes Stack T Transpose "
+    "Unbind".split()
+)
 
 
 def follow_rows(
@@ -41,8 +54,16 @@ def follow_rows(
 
     Returns:
         A tensor with as many rows as ``tensor``, or None if no note was found.
+
+    Raises:
+        UnfollowableError: if a note was found, but not how its rows became those of ``tensor``.
     """
-    found = _Walk(noted, max_nodes).rows(tensor.grad_fn, tensor.output_nr)
+    walk = _Walk(noted, max_nodes)
+    found = walk.rows(tensor.grad_fn, tensor.output_nr)
+    if found is None and walk.left <= 0:
+        raise UnfollowableError(
+            f"No captured forward within the last {max_nodes} operations before the embeddings."
+        )
     if found is not None and len(found) != len(tensor):
         raise UnfollowableError(
             f"The captured features have {len(found)} rows and the embeddings {len(tensor)}: rows "
@@ -74,77 +95,119 @@ class _Walk:
                 stack.extend(reversed(missing))
             else:
                 self.left -= 1
-                self.done[stack.pop()] = self._replay(*top, [self.done[c] for c in children])
+                self.done[stack.pop()] = self._replay(*top, children)
         return self.done[node, output]
 
-    def _replay(self, node: Any, output: int, sources: list[Tensor | None]) -> Tensor | None:
+    def _replay(self, node: Any, output: int, children: list[tuple[Any, int]]) -> Tensor | None:
+        sources = [self.done[child] for child in children]
         present = {id(s): s for s in sources if s is not None}
         if not present:
             return None
-        name = node.name()
+        kind = re.sub(r"Backward\d*$", "", node.name())
         try:
-            if name == "CatBackward0" and _acts_on_rows(node):
+            if kind == "Cat" and _acts_on_rows(node):
                 if any(s is None for s in sources):
                     raise UnfollowableError(
                         f"{sources.count(None)} of the {len(sources)} parts that were concatenated "
                         "to these embeddings have no captured features."
                     )
                 return torch.cat([s for s in sources if s is not None])
-            if name in LEFT_FACTOR and sources[LEFT_FACTOR[name]] is None:
-                raise UnfollowableError(f"{name} mixed the rows of the captured forward.")
             if len(present) > 1:
                 raise UnfollowableError(
-                    f"{name} merged {len(present)} captured forwards with different features."
+                    f"{node.name()} merged {len(present)} captured forwards of different features."
                 )
-            return _select_rows(node, name, output, next(iter(present.values())))
-        except RuntimeError as error:  # the graph's saved tensors are freed by backward
-            raise UnfollowableError(f"{name} cannot be replayed ({error}).") from None
+            source = next(s for s in sources if s is not None)
+            first = next(c for c, s in zip(children, sources, strict=True) if s is not None)
+            if kind in LEFT_FACTOR and sources[LEFT_FACTOR[kind]] is None:
+                raise UnfollowableError(f"{node.name()} mixed the rows of the captured forward.")
+            return _follow(node, kind, output, source, _shape(*first))
+        except (RuntimeError, IndexError) as error:  # such as saved tensors, freed by backward
+            raise UnfollowableError(f"{node.name()} cannot be replayed ({error}).") from None
 
 
-def _select_rows(node: Any, name: str, output: int, source: Tensor) -> Tensor:
-    """Replay a selection of rows; let operations that leave the rows alone pass."""
-    if name == "IndexBackward0":
+def _follow(
+    node: Any, kind: str, output: int, source: Tensor, before: tuple[int, ...] | None
+) -> Tensor | None:
+    """What an operation makes of the rows of its input, whose shape is ``before`` if known."""
+    if hasattr(node, "_saved_self_sym_sizes"):
+        before = tuple(node._saved_self_sym_sizes)
+    after = _shape(node, output)
+    same_size = before is None or (bool(before) and before[0] == len(source))
+    if kind in REDUCES:
+        dims = [_from_zero(d, len(before or (0, 0))) for d in _dimensions(node)]
+        if not dims or 0 in dims:
+            return None
+    elif kind == "Index" and same_size:
         index = node._saved_indices[0]
         return source if index is None else source[index]
-    if name == "SliceBackward0" and _acts_on_rows(node):
-        start, stop = _signed(node._saved_start), _signed(node._saved_end)
-        rows = source[start : stop : _signed(node._saved_step)]
-        return source if len(rows) == len(source) else rows  # x[:, a:b] slices all rows first
-    if name == "SplitBackward0" and _acts_on_rows(node):
-        return torch.split(source, node._saved_split_size)[output]
-    if name == "SplitWithSizesBackward0" and _acts_on_rows(node):
-        return torch.split(source, list(node._saved_split_sizes))[output]
-    if name == "IndexSelectBackward0" and _acts_on_rows(node):
-        return source.index_select(0, node._saved_index)
-    if name in ROW_MOVING and _acts_on_rows(node):
-        raise UnfollowableError(f"{name} reordered the rows after the captured forward.")
+    elif kind in ACTS_ON_DIMENSIONS and same_size:
+        if _acts_on_rows(node):
+            return _select(node, kind, output, source)
+    elif kind in RESHAPES or kind in KEEPS_ROWS or kind in LEFT_FACTOR:
+        same_size &= after is None or after[0] == len(source)
+        if kind in KEEPS_ROWS and before is not None and after is not None:
+            same_size &= len(before) == len(after)  # broadcasting may put another dimension first
+    else:
+        same_size = False
+    if not same_size:
+        raise UnfollowableError(
+            f"It is not known whether {node.name()}, from shape {before} to {after}, keeps the "
+            "rows in order."
+        )
     return source
 
 
+def _select(node: Any, kind: str, output: int, source: Tensor) -> Tensor:
+    """Replay a selection of rows."""
+    if kind == "Slice":
+        start, stop = _signed(node._saved_start), _signed(node._saved_end)
+        rows = source[start : stop : _signed(node._saved_step)]
+        return source if len(rows) == len(source) else rows  # x[:, a:b] slices all rows first
+    if kind == "Split":
+        return torch.split(source, node._saved_split_size)[output]
+    if kind == "SplitWithSizes":
+        return torch.split(source, list(node._saved_split_sizes))[output]
+    if kind == "IndexSelect":
+        return source.index_select(0, node._saved_index)
+    raise UnfollowableError(f"{node.name()} reordered the rows after the captured forward.")
+
+
 def _acts_on_rows(node: Any) -> bool:
-    """Whether dimension 0 is among those that the operation acts on; True if it does not tell."""
-    name = node.name()
-    if name == "PermuteBackward0":
-        return bool(_from_zero(node._saved_dims[0], node) != 0)
-    for attributes in (("_saved_dim",), ("_saved_dim0", "_saved_dim1"), ("_saved_dims",)):
-        values = [getattr(node, a) for a in attributes if hasattr(node, a)]
+    """Whether the operation acts on dimension 0; True if it does not tell."""
+    if node.name().startswith("Permute"):
+        return _from_zero(node._saved_dims[0], len(node._saved_dims)) != 0
+    dims = _dimensions(node)
+    if not dims:
+        return True
+    shape = _shape(node, 0)
+    if shape is None:  # before torch 2.2 the rank is unknown: only the last dimension is no row
+        return any(_signed(d) not in (-1,) and _signed(d) <= 0 for d in dims)
+    rank = len(shape) + node.name().startswith(("Select", "Unbind"))
+    return 0 in [_from_zero(d, rank) for d in dims]
+
+
+def _dimensions(node: Any) -> list[int]:
+    """The dimensions that the operation was given, as they were given."""
+    for names in (("_saved_dim",), ("_saved_dim0", "_saved_dim1"), ("_saved_dims",)):
+        values = [getattr(node, name) for name in names if hasattr(node, name)]
         if values:
-            dims = values[0] if isinstance(values[0], tuple) else values
-            return 0 in [_from_zero(d, node) for d in dims]
-    return True
+            dims = values[0] if isinstance(values[0], (tuple, list)) else values
+            return [d for d in dims if d is not None]
+    return []
 
 
-def _from_zero(dim: int, node: Any) -> int:
+def _from_zero(dim: int, rank: int) -> int:
     """A dimension counted from 0."""
     dim = _signed(dim)
-    if dim >= 0:
-        return dim
-    if not hasattr(node, "_input_metadata"):  # before torch 2.2: only the last one is no row
-        return 1 if dim == -1 else 0
-    rank = len(node._input_metadata[0].shape)  # of the operation's result
-    return dim + rank + (node.name() in ("SelectBackward0", "UnbindBackward0"))
+    return dim if dim >= 0 else dim + rank
 
 
 def _signed(number: Any) -> Any:
     """Autograd shows negative numbers as unsigned 64-bit ones."""
     return number - 2**64 if isinstance(number, int) and number >= 2**63 else number
+
+
+def _shape(node: Any, output: int) -> tuple[int, ...] | None:
+    """The shape of a node's output, which autograd knows from torch 2.2 on."""
+    metadata = getattr(node, "_input_metadata", None)
+    return None if metadata is None else tuple(metadata[output].shape)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from numbers import Real  # NumPy's numbers too
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real  # NumPy's numbers too
 from typing import Any
 
+from pytorch_metric_learning import losses
 from pytorch_metric_learning.reducers import DoNothingReducer
 from pytorch_metric_learning.utils.distributed import (
     DistributedLossWrapper,
     DistributedMinerWrapper,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import (
     ArgumentError,
@@ -21,26 +22,33 @@ from .errors import (
 )
 from .heads import check_pooling
 
+NO_PAIRS = (
+    "InstanceLoss ManifoldLoss P2SGradLoss PNPLoss RankedListLoss SelfSupervisedLoss VICRegLoss"
+).split()
+
 
 def head_dims(dims: Sequence[int]) -> tuple[int, ...]:
     """Whole numbers above 0, all different."""
-    if isinstance(dims, (int, str)) or not all(
-        isinstance(d, int) and not isinstance(d, bool) and d > 0 for d in dims
+    given = tuple(dims) if isinstance(dims, Iterable) and not isinstance(dims, str) else None
+    if given is None or not all(
+        isinstance(d, Integral) and not isinstance(d, bool) and d > 0 for d in given
     ):
         raise ArgumentError(
             f"head_dims={dims!r} must be a sequence of whole numbers above 0, such as (512, 1024)."
         )
-    if len(set(dims)) < len(dims):
+    if len(set(given)) < len(given):
         raise ArgumentError(
-            f"head_dims={tuple(dims)} repeats a dimension; heads are known by their dimension. "
+            f"head_dims={given} repeats a dimension; heads are known by their dimension. "
             "Use neighbouring ones, such as (512, 513)."
         )
-    return tuple(dims)
+    return tuple(int(d) for d in given)
 
 
 def value_of(name: str, schedule: Any, step: int) -> float:
     """A weight at a training step, finite and at least 0."""
     value = schedule(step) if callable(schedule) else schedule
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0:
         at = f" at step {step}" if callable(schedule) else ""
@@ -70,7 +78,7 @@ def scalars(loss: Any) -> None:
 
 def whole(name: str, value: object, at_least: int, otherwise: str = "") -> None:
     """Refuse what is not a whole number in range."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < at_least:
         raise ArgumentError(
             f"{name}={value!r} must be a whole number of at least {at_least}{otherwise}."
         )
@@ -109,14 +117,16 @@ def modules(loss: Any, miner: Any, embedder: Any, trunk: Any, head: Any) -> None
         raise ArgumentError(f"head={head!r} must be a callable (in_dim, out_dim) -> nn.Module.")
 
 
-def feature_dim(given: Any, embedder: Any, trunk: Any, *, needed: bool) -> int | None:
+def feature_dim(
+    given: Any, embedder: Any, trunk: Any, *, plain_pooling: bool, needed: bool
+) -> int | None:
     """F, as given or as the embedder's first layer tells it."""
     first = None if embedder is None else _first_with_parameters(embedder)
     inferred = first.in_features if isinstance(first, nn.Linear) else None
     inferred = inferred or None  # a lazy layer does not know yet
     if given is not None:
         whole("feature_dim", given, at_least=1, otherwise=" or None")
-        if inferred not in (None, given):
+        if isinstance(embedder, nn.Linear) and plain_pooling and inferred not in (None, given):
             raise ArgumentError(
                 f"feature_dim={given} but the embedder takes {inferred} features. Leave it out."
             )
@@ -140,6 +150,8 @@ def _first_with_parameters(module: nn.Module) -> nn.Module | None:
     """The first layer, in order of a Sequential, that is more than pooling, dropout or a ReLU."""
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return _first_with_parameters(module.module)
+    if isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):
+        return _first_with_parameters(compiled)
     if isinstance(module, nn.Sequential):
         layers = (_first_with_parameters(child) for child in module)
         return next((layer for layer in layers if layer is not None), None)
@@ -165,13 +177,41 @@ def base_loss(loss: Any, embedding_size: int | None, embedder: Any) -> nn.Module
 
 def made_by(factory: Callable[[int], Any], dim: int) -> nn.Module:
     """The factory's loss for a dimension."""
-    loss = factory(dim)
+    try:
+        loss = factory(dim)
+    except TypeError as error:
+        raise CloneError(
+            f"The loss factory failed for dimension {dim} ({error}). It is called as factory(dim) "
+            "and returns a loss; a plain function of embeddings and labels must be an nn.Module."
+        ) from error
     if not isinstance(loss, nn.Module):
         raise CloneError(
             f"The loss factory returned {type(loss).__name__} for dimension {dim}. "
             "It must return an nn.Module: lambda dim: Loss(..., embedding_size=dim)."
         )
     return loss
+
+
+def independent(kind: str, made: list[nn.Module]) -> None:
+    """Refuse a factory that hands out the same module twice: branches share nothing."""
+    if len({id(m) for m in made}) < len(made):
+        raise CloneError(
+            f"The {kind} factory returned the same {type(made[0]).__name__} for two dimensions. "
+            "It must make a new one at every call."
+        )
+
+
+def takes_pairs(loss: nn.Module, miner: Any) -> None:
+    """Refuse a miner beside a loss that takes no pairs, or mines for itself."""
+    if miner is None:
+        return
+    mines = isinstance(loss, losses.MultipleLosses) and loss.miners is not None
+    if mines or type(loss).__name__ in NO_PAIRS:
+        why = "has miners of its own" if mines else "takes no pairs or triplets"
+        raise ArgumentError(
+            f"{type(loss).__name__} {why}, but miner={type(miner).__name__} was given. "
+            "Leave the miner out."
+        )
 
 
 def supported(loss: nn.Module) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from s2sd_pml import FeatureCapture, S2SDLoss
+from s2sd_pml.capture import MAX_NODES
 from s2sd_pml.errors import ArgumentError, MissingFeaturesError
 
 
@@ -62,6 +63,13 @@ SAME_ROWS = {
     "columns_joined": lambda e: torch.cat([e, e * 2], dim=-1),
     "two_slices_of_columns": lambda e: torch.cat([e[:, :2], e[:, 2:]], dim=1),
     "clone": lambda e: e.clone(),
+    "centred": lambda e: (e - e.mean(dim=0)) / e.std(),
+    "layer_norm": lambda e: F.layer_norm(e, (4,)),
+    "mlp": lambda e: F.gelu(F.linear(F.relu(e @ torch.randn(4, 9)), torch.randn(3, 9))),
+    "softmax": lambda e: e.softmax(dim=-1),
+    "unsqueezed": lambda e: e[:, None].transpose(1, 2).squeeze(-1),
+    "first_of_two": lambda e: torch.stack([e, e], dim=1)[:, 0],
+    "convolved": lambda e: F.conv1d(e[:, None], torch.randn(2, 1, 3)).flatten(1),
 }
 
 
@@ -124,7 +132,23 @@ REFUSED = {
     "mean_of_two": lambda net, e: e + net(batch()),
     "joined_with_unrelated": lambda net, e: torch.cat([e, Net()(batch())]),
     "rows_merged": lambda net, e: e.view(B // 2, 8),
-    "mean_of_all": lambda net, e: e.mean(dim=0, keepdim=True),
+    "mean_of_all": lambda net, e: e.mean(dim=0, keepdim=True).expand(B, 4),
+    "embedding_lookup": lambda net, e: F.embedding(PERMUTATION, e),
+    "rolled_flat": lambda net, e: e.roll(4),
+    "permuted_behind_a_new_dimension": lambda net, e: e[None][:, PERMUTATION].squeeze(0),
+    "swapped_in_groups": lambda net, e: e.view(B // 2, 2, 4)[:, [1, 0]].reshape(B, 4),
+    "flipped_in_groups": lambda net, e: e.view(B // 2, 2, 4).flip(1).reshape(B, 4),
+    "repeated": lambda net, e: e.repeat_interleave(2, 0)[:B],
+    "tiled": lambda net, e: e.repeat(2, 1)[1 : B + 1],
+    "rotated": lambda net, e: torch.rot90(e, 2),
+    "batched_product": lambda net, e: torch.bmm(torch.rand(1, B, B), e[None]).squeeze(0),
+    "padded": lambda net, e: F.pad(e, (0, 0, 1, 0))[:B],
+    "strided": lambda net, e: e.as_strided((B - 1, 4), (4, 1), 4),
+    "flat_index": lambda net, e: e.flatten()[PERMUTATION][:, None],
+    "flipped_and_added": lambda net, e: e + e.flip(0),
+    "gathered": lambda net, e: e.gather(0, PERMUTATION[:, None].expand(B, 4)),
+    "einsum_over_rows": lambda net, e: torch.einsum("ij,jk->ik", torch.rand(B, B), e),
+    "broadcast_over_rows": lambda net, e: (e + torch.rand(B, 1, 4))[:, 0],
 }
 
 
@@ -293,19 +317,69 @@ def test_keyword_calls_tuples_and_dicts():
     assert capture.features_of(module(features=f, kind="tuple")[1]) is f
 
 
-def test_a_trunk_that_returns_a_tuple_is_refused_at_once():
+def test_a_trunk_that_returns_a_tuple_runs_but_has_no_features():
     class Two(nn.Module):
         def forward(self, x):
             return x * 2, x * 3
 
     trunk = Two()
-    FeatureCapture(trunk, "output").remove()
     capture = FeatureCapture(trunk, "output")
-    with pytest.raises(MissingFeaturesError, match="tuple"):
-        trunk(batch().requires_grad_())
-    assert capture.module is trunk
-    with torch.no_grad():
-        trunk(batch())
+    twice, _ = trunk(batch().requires_grad_())
+    with pytest.raises(MissingFeaturesError, match="returns tuple.*embedder="):
+        capture.features_of(twice)
+
+
+class Conditioned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 4)
+
+    def forward(self, x, condition=None, flags=None):
+        return self.linear(x if condition is None else x + condition)
+
+
+def test_an_embedder_called_with_several_tensors_is_refused_when_asked():
+    module, f = Conditioned(), batch()
+    capture = FeatureCapture(module)
+    ids, vector = torch.arange(B), torch.ones(5)
+    assert capture.features_of(module(f, vector, ids)) is f  # only one can be the features
+    embeddings = module(condition=batch(), x=f)
+    with pytest.raises(MissingFeaturesError, match=r"2 floating point tensors.*\(24, 5\)"):
+        capture.features_of(embeddings)
+
+
+class Residual(nn.Linear):
+    def forward(self, x):
+        return x.mul_(0).add_(super().forward(x.clone()))
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Sequential(nn.ReLU(inplace=True), nn.Linear(5, 4)), Residual(5, 5)]
+)
+def test_an_embedder_that_changes_its_input_in_place_is_refused_and_keeps_nothing(module):
+    capture = FeatureCapture(module)
+    x = batch().requires_grad_() * 1
+    gone = weakref.ref(x)
+    embeddings = module(x)
+    with pytest.raises(MissingFeaturesError, match=r"in place.*features=|returns its input"):
+        capture.features_of(embeddings)
+    del x, embeddings
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_scripted_module_is_refused():
+    with pytest.raises(ArgumentError, match=r"takes no forward hooks.*features="):
+        FeatureCapture(torch.jit.script(nn.Linear(5, 4)))
+
+
+def test_many_parts_can_be_joined(net_and_capture):
+    net, capture = net_and_capture
+    parts = []
+    for _ in range(150):
+        parts.append((F.normalize(net(batch(2))), net.features))
+    joined = capture.features_of(torch.cat([e for e, _ in parts]))
+    assert torch.equal(joined, torch.cat([f for _, f in parts]))
 
 
 def test_wrapped_modules():
@@ -361,9 +435,9 @@ def test_a_deep_graph_ends_the_walk_without_exhausting_the_stack():
     for _ in range(300):
         embeddings = embeddings + 0
     assert torch.equal(capture.features_of(embeddings), net.features)
-    for _ in range(3000):
+    for _ in range(MAX_NODES):
         embeddings = embeddings + 0
-    with pytest.raises(MissingFeaturesError):
+    with pytest.raises(MissingFeaturesError, match=f"last {MAX_NODES} operations"):
         capture.features_of(embeddings)
 
 

@@ -25,6 +25,7 @@ BAD = {
     "labels_length": ((X, Y[:5]), {}, BatchError, r"\(5,\).*8 embeddings"),
     "labels_2d": ((X, Y[:, None]), {}, BatchError, r"\(8, 1\)"),
     "ref_1d": ((X, Y), {"ref_emb": X[0]}, BatchError, "ref_emb has shape"),
+    "labels_for_ssl": ((X, Y), {"ref_emb": X, "ref_features": PHI}, BatchError, "takes no labels"),
     "no_features": ((X, Y), {"features": None}, MissingFeaturesError, "features=.*embedder="),
     "no_ref_features": (
         (X, Y),
@@ -54,7 +55,10 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_batches(case):
     args, kwargs, error, words = BAD[case]
-    loss_func = S2SDLoss(losses.NTXentLoss(), feature_dim=12, head_dims=(8,))
+    loss = losses.NTXentLoss()
+    if case == "labels_for_ssl":
+        loss = losses.SelfSupervisedLoss(loss)
+    loss_func = S2SDLoss(loss, feature_dim=12, head_dims=(8,))
     with pytest.raises(error, match=words) as caught:
         loss_func(*args, **{"features": PHI, **kwargs})
     assert isinstance(caught.value, S2SDError)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pml import loss_names, miner_names
 from snippets import run
 
 import s2sd_pml
@@ -38,6 +39,12 @@ def test_the_tests_that_the_docs_name_exist():
     text = (ROOT / "docs" / "works-with.md").read_text(encoding="utf-8")
     for file, test in re.findall(r"`(test_\w+\.py)::(\w+)`", text):
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), test
+
+
+def test_the_page_of_losses_and_miners_names_every_one_of_pml():
+    named = set(re.findall(r"\w+", (ROOT / "docs" / "supported.md").read_text(encoding="utf-8")))
+    for name in [*loss_names(), *miner_names()]:
+        assert named & {name, name.removesuffix("Loss"), name.removesuffix("Miner")}, name
 
 
 def test_the_version_is_in_the_changelog():

@@ -157,7 +157,7 @@ X = torch.randn(4, 3)
         (X.long(), [X], {}, BatchError, "int64"),
         (X, [X[None]], {}, BatchError, r"teachers\[0\]"),
         (X[:0], [X[:0]], {}, BatchError, "drop_last"),
-        (X, [X, X], {}, ArgumentError, "1 weights for 2 teachers"),
+        (X, [X, X], {}, ArgumentError, "weights=\\[1.0\\] for 2 teachers"),
         (X, [X], {"weights": [float("nan")]}, ArgumentError, "nan"),
         (X, [X], {"weights": [-1.0]}, ArgumentError, "-1.0"),
         (X, [X], {"temperature": 0.0}, ArgumentError, "temperature=0.0"),

@@ -284,6 +284,11 @@ def test_add_to_uses_the_optimizers_rate_and_skips_what_it_holds():
     assert len(optimizer.param_groups) == 3
 
 
+def test_add_to_wants_an_optimizer():
+    with pytest.raises(OptimizerError, match="not list"):
+        make()[1].add_to([1])
+
+
 def test_add_to_after_the_scheduler_is_refused():
     model, loss_func = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -424,6 +429,15 @@ def test_reference_embeddings_with_their_features():
     loss_func(
         model(x), labels(), ref_emb=model(ref).detach(), ref_labels=ref_labels, ref_features=f_ref
     )
+
+
+@pytest.mark.parametrize("kind", ["arcface", "contrastive_cosine"])
+def test_embeddings_as_their_own_references_are_no_references(kind):
+    model, loss_func = make(kind)
+    embeddings = model(images(dtype=torch.float64))
+    plain = loss_func(embeddings, labels())
+    y = labels()
+    assert torch.equal(loss_func(embeddings, y, ref_emb=embeddings, ref_labels=y), plain)
 
 
 def test_self_supervised_loss_is_called_as_before():

@@ -1,5 +1,8 @@
 """Bad arguments are refused when the loss is built, with the values seen and the mend."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning import losses, miners, reducers
@@ -88,6 +91,27 @@ BAD = {
         "gather_distributed=True",
     ),
     "unknown_parameters": ((Scaled(),), {}, CloneError, r"'scale' of shape \(6,\).*factory"),
+    "dims_none": ((LOSS,), {"head_dims": None}, ArgumentError, "head_dims=None"),
+    "function": ((lambda e, y: 0,), {}, CloneError, "failed for dimension 6.*must be an nn.Module"),
+    "factory_shares": ((lambda dim: LOSS,), {}, CloneError, "same TripletMarginLoss"),
+    "heads_shared": (
+        (LOSS,),
+        {"head": lambda i, o: LINEAR, "head_dims": (6, 7)},
+        CloneError,
+        "head factory returned the same Linear",
+    ),
+    "miner_without_pairs": (
+        (losses.VICRegLoss(), miners.HDCMiner()),
+        {},
+        ArgumentError,
+        "VICRegLoss takes no pairs.*HDCMiner.*Leave the miner out",
+    ),
+    "miner_twice": (
+        (losses.MultipleLosses([LOSS], [miners.HDCMiner()]), miners.HDCMiner()),
+        {},
+        ArgumentError,
+        "has miners of its own",
+    ),
     "factory_returns": ((lambda dim: dim,), {}, CloneError, "returned int for dimension 6"),
     "factory_size": (
         (lambda dim: LOSS,),
@@ -127,6 +151,51 @@ def test_feature_dim_is_enough_with_explicit_features_and_unneeded_without_heads
     loss_func(z, torch.arange(8) // 2, features=torch.randn(8, 12)).backward()
     transparent = S2SDLoss(LOSS, head_dims=(), feature_weight=0)
     transparent(z, torch.arange(8) // 2).backward()
+
+
+def test_a_feature_dim_given_is_taken_where_the_embedder_pools_or_reshapes():
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    loss_func = S2SDLoss(LOSS, embedder=flat, feature_dim=3, head_dims=(8,))
+    feature_map = torch.randn(8, 3, 2, 2)
+    loss_func(flat(feature_map), torch.arange(8) // 2).backward()
+    both = S2SDLoss(
+        LOSS,
+        embedder=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)),
+        feature_dim=6,
+        pooling=lambda m: torch.cat([m.mean((2, 3)), m.amax((2, 3))], 1),
+        head_dims=(8,),
+    )
+    assert both.feature_dim == 6
+
+
+def test_a_compiled_embedder_tells_its_width():
+    compiled = torch.compile(nn.Linear(12, 6))
+    assert S2SDLoss(LOSS, embedder=compiled, head_dims=(8,)).feature_dim == 12
+
+
+def test_a_pooling_module_of_the_model_stays_the_models():
+    pool = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    loss_func = S2SDLoss(LOSS, feature_dim=3, pooling=pool, head_dims=(8,), feature_delay=0)
+    own = {id(p) for p in loss_func.parameters()}
+    assert own.isdisjoint(id(p) for p in pool.parameters())
+    assert copy.deepcopy(loss_func).pooling.module is pool
+    z = torch.randn(8, 4, requires_grad=True)
+    loss_func(z, torch.arange(8) // 2, features=torch.randn(8, 3, 2, 2)).backward()
+    assert pool[0].weight.grad is not None
+
+
+def test_numpy_and_tensor_numbers_are_numbers():
+    loss_func = S2SDLoss(
+        LOSS,
+        embedder=LINEAR,
+        head_dims=np.array([8, 9]),
+        feature_delay=np.int64(0),
+        temperature=np.float32(0.5),
+        weight=lambda step: np.float32(2.0),
+        feature_weight=lambda step: torch.tensor(2.0),
+    )
+    loss_func(LINEAR(torch.randn(8, 12)), torch.arange(8) // 2).backward()
+    assert loss_func.head_dims == (8, 9)
 
 
 def test_a_factory_with_a_size_given():

@@ -169,6 +169,6 @@ def test_a_compiled_loss_gives_the_same():
     assert torch.equal(compiled(embeddings, labels()), loss_func(embeddings, labels()))
 
 
-def test_numpy_numbers_are_numbers():
+def test_numpy_numbers_in_a_loop():
     model, loss_func = make(weight=lambda step: np.float32(2.0), temperature=np.float64(0.5))
     loss_func(model(images()), labels()).backward()
