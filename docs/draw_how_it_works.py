@@ -30,27 +30,28 @@ from s2sd_pml import S2SDLoss  # noqa: E402
 
 Point = tuple[float, float]
 
-# The batch of the picture: classes that the network never saw, four drawings of each.
-CLASSES = "umbrella bicycle crown robot coffee bell puzzle rocket".split()
+# The batch of the picture, of training classes, as the KL terms see it.
+CLASSES = "airplane camera scissors fish ghost heart anchor key".split()
 PER_CLASS, EMBEDDING_SIZE, HEADS = 4, 8, (128, 512)
 
-KEPT, HEAD, TEACHER, INK, GREY = "#0f6e84", "#c8641b", "#7b3fa0", "#1d2b33", "#6b7a83"
+KEPT, HEAD, TEACHER, INK = "#0f6e84", "#c8641b", "#7b3fa0", "#1d2b33"
 KEPT_CARD, TRAINING_CARD = "#e3f1f4", "#fbf4ea"
 SIMILARITY = LinearSegmentedColormap.from_list("s", ["#ffffff", "#bcd3de", "#3f7f9f", "#0b2a45"])
 
 # Columns and rows, in units of 100 pixels.
-PHI, EMBED, PSI, LOSS, MATRIX, SIDE = 5.95, 7.35, 8.75, 9.75, 11.75, 1.45
-ROWS = {"gm": 7.35, "g1": 5.5, "φ": 3.65, "ψ": 1.5}
+PHI, EMBED, PSI, LOSS, MATRIX, SIDE = 5.95, 7.4, 8.85, 10.3, 11.95, 1.5
+ROWS = {"gm": 7.55, "g1": 5.75, "φ": 3.95, "ψ": 1.55}
+WORDS = 0.66  # the line of words under the model
 
 
 def trained_batch() -> tuple[Tensor, dict[str, Tensor]]:
-    """A batch of unseen classes and its cosine similarities in every space after a short training.
+    """A training batch and its cosine similarities in every space, after a short training.
 
     Returns:
         images (B, 32, 32), and the B x B matrix by the name of its row in the picture.
     """
     torch.manual_seed(0)
-    seen, unseen = icons.split(icons.load())
+    data, _ = icons.split(icons.load())
     model = Network(EMBEDDING_SIZE)
     loss_func = S2SDLoss(
         losses.MultiSimilarityLoss(),
@@ -63,7 +64,7 @@ def trained_batch() -> tuple[Tensor, dict[str, Tensor]]:
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     loss_func.add_to(optimizer)
-    for images, labels in icons.batches(seen, 128, 4, steps=300, seed=0):
+    for images, labels in icons.batches(data, 128, 4, steps=300, seed=0):
         loss = loss_func(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -72,9 +73,9 @@ def trained_batch() -> tuple[Tensor, dict[str, Tensor]]:
     rows = [
         int(row)
         for name in CLASSES
-        for row in (unseen.labels == unseen.names.index(name)).nonzero()[:PER_CLASS]
+        for row in (data.labels == data.names.index(name)).nonzero()[:PER_CLASS]
     ]
-    images = unseen.images[rows]
+    images = data.images[rows]
     with torch.no_grad():
         features = model.trunk(images).mean(dim=(2, 3))
         heads = loss_func.project(features)
@@ -152,7 +153,9 @@ def loss(ax: Axes, y: float, text: str, colour: str) -> None:
 def matrix(ax: Axes, y: float, values: Tensor, title: str, colour: str) -> None:
     """A heat map of similarities with its name to the left."""
     x0, x1, y0, y1 = MATRIX - SIDE / 2, MATRIX + SIDE / 2, y - SIDE / 2, y + SIDE / 2
-    ax.imshow(values.numpy(), extent=(x0, x1, y0, y1), cmap=SIMILARITY, vmin=0, vmax=1, zorder=2)
+    others = values[~torch.eye(len(values), dtype=torch.bool)]
+    scale = {"vmin": others.quantile(0.1), "vmax": others.quantile(0.995)}  # each its own contrast
+    ax.imshow(values.numpy(), extent=(x0, x1, y0, y1), cmap=SIMILARITY, **scale, zorder=2)
     ax.add_patch(Rectangle((x0, y0), SIDE, SIDE, fc="none", ec=colour, lw=2.4, zorder=3))
     label(ax, x0 - 0.62, y - 0.3, title, 16, colour)
 
@@ -184,40 +187,42 @@ def model(ax: Axes, images: Tensor) -> None:
     )
     label(ax, (left + right) / 2, y, "trunk", 17, zorder=4)
     wire(ax, [(right, y), (EMBED - 0.55, y)], KEPT)
-    label(ax, PHI, y - 0.33, "$\\varphi$", 21)
     box(ax, EMBED, y, "$f$", KEPT)
     wire(ax, [(EMBED + 0.55, y), (PSI, y)], KEPT, head=False)
-    label(ax, PSI, y - 0.33, "$\\psi$", 21)
+    label(ax, PHI, y - 0.33, "$\\varphi$", 22)
+    label(ax, PSI, y - 0.33, "$\\psi$", 22)
+    for x, word in ((PHI, "features"), (EMBED, "embedder"), (PSI, "embeddings")):
+        label(ax, x, WORDS, word, 14.5, KEPT)
 
 
 def objective(ax: Axes) -> None:
     """The three terms, each in the colour of what it does in the picture."""
-    x, y, step = 0.55, 6.62, 0.72
-    label(ax, x, y + 0.85, "loss", 17, GREY, ha="left")
+    x, y, step = 0.55, 6.7, 0.8
+    label(ax, x, y + 0.75, "loss  =", 16, ha="left")
     terms = (
         ("$\\frac{1}{2}\\,[\\;L(\\psi)\\,+\\,\\mathrm{mean}_i\\;L_i(g_i(\\varphi))\\;]$", INK),
         ("$+\\;\\gamma\\;\\mathrm{mean}_i\\;\\mathrm{KL}(g_i(\\varphi)\\to\\psi)$", HEAD),
         ("$+\\;\\gamma_f\\;\\mathrm{KL}(\\varphi\\to\\psi)$", TEACHER),
     )
     for i, (term, colour) in enumerate(terms):
-        label(ax, x, y - i * step, term, 20, colour, ha="left")
+        label(ax, x, y - i * step, term, 22, colour, ha="left")
 
 
 def draw(path: Path) -> None:
     """The whole picture: one row for every space, the deployed model at the bottom."""
     images, similarities = trained_batch()
     plt.rcParams.update({"font.family": "DejaVu Sans", "mathtext.fontset": "cm"})
-    fig = plt.figure(figsize=(16, 8.7), dpi=100, facecolor="white")
+    fig = plt.figure(figsize=(16, 9), dpi=100, facecolor="white")
     ax = fig.add_axes((0, 0, 1, 1))
     psi, right = ROWS["ψ"], MATRIX + SIDE / 2
-    card(ax, [(0.25, 0.3), (0.25, 2.6), (9.1, 2.6), (9.1, 0.3)], KEPT_CARD)
+    card(ax, [(0.25, 0.3), (0.25, 2.95), (9.75, 2.95), (9.75, 0.3)], KEPT_CARD)
     card(
         ax,
-        [(5.45, 2.7), (5.45, 8.45), (15.75, 8.45), (15.75, 0.3), (9.2, 0.3), (9.2, 2.7)],
+        [(5.45, 3.05), (5.45, 8.7), (15.75, 8.7), (15.75, 0.3), (9.85, 0.3), (9.85, 3.05)],
         TRAINING_CARD,
     )
 
-    for row, name, bus in (("gm", "m", 14.2), ("g1", "1", 14.2)):
+    for row, name, bus in (("gm", "m", 14.5), ("g1", "1", 14.5)):
         y = ROWS[row]
         wire(ax, [(PHI, psi), (PHI, y), (EMBED - 0.55, y)], HEAD)
         box(ax, EMBED, y, f"$g_{name}$", HEAD, dashed=True)
@@ -225,25 +230,28 @@ def draw(path: Path) -> None:
         loss(ax, y, f"$L_{name}$", HEAD)
         matrix(ax, y, similarities[row], f"$\\cos(g_{name}(\\varphi))$", HEAD)
         wire(ax, [(right, y), (bus, y), (bus, psi - 0.25), (right + 0.06, psi - 0.25)], HEAD)
+    label(ax, EMBED, ROWS["gm"] + 0.68, "heads", 14.5, HEAD)
     label(ax, EMBED, (ROWS["gm"] + ROWS["g1"]) / 2, "$\\vdots$", 24, HEAD)
 
     y = ROWS["φ"]
-    wire(ax, [(PHI, psi), (PHI, y), (MATRIX - SIDE / 2, y)], TEACHER)
+    wire(ax, [(PHI, psi), (PHI, y)], KEPT, head=False)
+    wire(ax, [(PHI, y), (MATRIX - SIDE / 2, y)], TEACHER)
+    dot(ax, PHI, y, KEPT)
     matrix(ax, y, similarities["φ"], "$\\cos(\\varphi)$", TEACHER)
-    wire(ax, [(right, y), (13.3, y), (13.3, psi + 0.25), (right + 0.06, psi + 0.25)], TEACHER)
+    wire(ax, [(right, y), (13.4, y), (13.4, psi + 0.25), (right + 0.06, psi + 0.25)], TEACHER)
 
     model(ax, images)
     wire(ax, [(PSI, psi), (MATRIX - SIDE / 2, psi)], KEPT)
     loss(ax, psi, "$L$", KEPT)
     matrix(ax, psi, similarities["ψ"], "$\\cos(\\psi)$", KEPT)
     dot(ax, PHI, psi, KEPT)
-    label(ax, 14.35, 4.6, "$\\gamma\\;\\mathrm{KL}$", 21, HEAD, ha="left")
-    label(ax, 13.45, 3.0, "$\\gamma_f\\,\\mathrm{KL}$", 21, TEACHER, ha="left")
+    label(ax, 14.65, 4.75, "$\\gamma\\;\\mathrm{KL}$", 21, HEAD, ha="left")
+    label(ax, 13.55, 2.9, "$\\gamma_f\\,\\mathrm{KL}$", 21, TEACHER, ha="left")
 
     objective(ax)
-    label(ax, 0.5, 2.85, "kept: the model you deploy", 16, KEPT, ha="left")
-    label(ax, 15.5, 8.1, "training only", 16, HEAD, ha="right")
-    ax.set(xlim=(0, 16), ylim=(0, 8.7), aspect="equal")
+    label(ax, 0.55, 2.64, "kept: the model you deploy", 16, KEPT, ha="left")
+    label(ax, 15.45, 8.4, "training only", 16, HEAD, ha="right")
+    ax.set(xlim=(0, 16), ylim=(0, 9), aspect="equal")
     ax.axis("off")
     path.parent.mkdir(exist_ok=True)
     fig.savefig(path)
