@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .errors import ArgumentError, MissingFeaturesError
 from .rows import UnfollowableError, follow_rows
 
+_is_compiling = getattr(torch.compiler, "is_compiling", bool)  # from torch 2.2 on
 Side = Literal["input", "output"]
 MAX_NODES = 4000  # a walk that long has left the embedder
 
@@ -37,7 +38,7 @@ class FeatureCapture:
     returns a copy of its output in training forwards, so that a later in-place operation does not
     reach the features.
 
-    Example:
+    Examples:
         >>> import torch
         >>> trunk, embedder = nn.Linear(8, 6), nn.Linear(6, 2)
         >>> with FeatureCapture(embedder) as capture:
@@ -58,6 +59,8 @@ class FeatureCapture:
         self.side: Side = side
         self._module = weakref.ref(module)
         self._key = object()  # of this capture's notes, in the nodes' metadata
+        if not _note:
+            _note.append(torch.compiler.disable(FeatureCapture._note))  # type: ignore[no-untyped-call]
         self._before = threading.local()
         self._before.versions = []
         try:
@@ -193,12 +196,18 @@ class FeatureCapture:
                 f"or more dimensions, of shapes {shapes}; it is unclear which is the features."
             )
         before = dict(self._before.versions)
+        self._before.versions = []
         if before.get(id(inputs[0]), inputs[0]._version) != inputs[0]._version:
             return (
                 f"{self._describe()} changes its input in place (a ReLU with inplace=True?), so "
                 "the features are gone. Make its first operation out-of-place."
             )
         return inputs[0]
+
+
+# FeatureCapture._note, hidden from torch.compile, so that it breaks the graph just once. The first
+# capture puts it here: hiding it loads the compiler, which an optimizer does anyway.
+_note: list[Any] = []
 
 
 class _Watch:
@@ -219,6 +228,8 @@ class _Watch:
 
 class _PreHook(_Watch):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if _is_compiling():  # one graph break, at the other hook, is enough
+            return
         capture = self.capture_of(module)
         if capture is not None:
             capture._remember_versions(args, kwargs)
@@ -227,7 +238,7 @@ class _PreHook(_Watch):
 class _Hook(_Watch):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         capture = self.capture_of(module)
-        return None if capture is None else capture._note(args, kwargs, output)
+        return None if capture is None else _note[0](capture, args, kwargs, output)
 
 
 def _remove(handles: list[Any]) -> None:

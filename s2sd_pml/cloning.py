@@ -78,7 +78,7 @@ def clone_loss(loss: nn.Module, embedding_size: int) -> nn.Module:
         CloneError: if the loss has parameters that are not known here. Pass ``S2SDLoss`` a factory
             ``dim -> loss`` instead of a loss, then.
 
-    Example:
+    Examples:
         >>> loss = losses.ProxyAnchorLoss(num_classes=10, embedding_size=64)
         >>> clone_loss(loss, 512).proxies.shape
         torch.Size([10, 512])

@@ -26,16 +26,14 @@ def relation_kl(
     chunk_size: int | None = None,
     rows: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Weighted sum of the KL divergences from each teacher's batch relations to the student's.
+    """Weighted sum of the KL divergences from each teacher's batch relations to the student's.
 
-    .. math::
-        \mathrm{KL}_j = \frac{T^2}{B} \sum_i \mathrm{KL}\big(\mathrm{softmax}(\cos(t_j)_i / T)
-        \,\|\, \mathrm{softmax}(\cos(s)_i / T)\big), \qquad
-        \mathrm{total} = \sum_j w_j\,\mathrm{KL}_j
+        KL_j = T² / B Σ_i KL( softmax(cos(t_j)_i / T) ‖ softmax(cos(s)_i / T) )
+        total = Σ_j w_j KL_j
 
     cos(x) is the B x B matrix of cosine similarities of the rows of x. Teachers are detached. The
     gradient with respect to the student's similarities,
-    :math:`\frac{T}{B}(\sum_j w_j\,p_s - \sum_j w_j\,p_j)`, folds all teachers into one matrix; it
+    T / B (Σ_j w_j p_s - Σ_j w_j p_j), folds all teachers into one matrix; it
     is accumulated into the gradient of the embeddings chunk by chunk in forward, so memory is
     O(chunk_size * B) however many teachers there are.
 
@@ -59,7 +57,7 @@ def relation_kl(
     Source:
         Roth et al., ICML 2021, equation 1 (arXiv 2009.08348).
 
-    Example:
+    Examples:
         >>> import torch
         >>> student, teacher = torch.eye(4, 2, requires_grad=True), torch.eye(4, 8)
         >>> total, per_teacher = relation_kl(student, [teacher], weights=[50.0])
@@ -91,7 +89,7 @@ def relation_kl_reference(
     chunk_size: int | None = None,
     rows: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The plain twin of :func:`relation_kl`: the equation as written, for tests and readers."""
+    """The plain twin of ``relation_kl``: the equation as written, for tests and readers."""
     _validate(student, teachers, weights, temperature, chunk_size, rows)
     start, stop = rows or (0, len(student))
 

@@ -14,7 +14,7 @@ POOLINGS = ("avg", "avg+max")
 
 
 class ProjectionHead(nn.Module):
-    r"""The paper's auxiliary head :math:`g(\varphi) = W_2\,\mathrm{relu}(W_1 \varphi + b_1) + b_2`.
+    """The paper's auxiliary head g(φ) = W₂ relu(W₁ φ + b₁) + b₂.
 
     Args:
         in_dim: feature dimension F.
@@ -26,7 +26,7 @@ class ProjectionHead(nn.Module):
     Source:
         Roth et al., ICML 2021, section 3.2 (arXiv 2009.08348).
 
-    Example:
+    Examples:
         >>> import torch
         >>> ProjectionHead(16, 64)(torch.randn(4, 16)).shape
         torch.Size([4, 64])
@@ -80,7 +80,7 @@ def pool(features: Tensor, pooling: Pooling) -> Tensor:
     Raises:
         FeatureShapeError: for another shape, and for "avg+max" of features that are pooled already.
 
-    Example:
+    Examples:
         >>> import torch
         >>> pool(torch.ones(2, 3, 4, 4), "avg+max")
         tensor([[2., 2., 2.],

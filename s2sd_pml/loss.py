@@ -26,16 +26,12 @@ RECORDS = ["base_loss", "aux_loss", "distill_loss", "feature_distill_loss"]
 
 
 class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
-    r"""Simultaneous Similarity-based Self-Distillation (S2SD) around a metric-learning loss.
+    """Simultaneous Similarity-based Self-Distillation (S2SD) around a metric-learning loss.
 
-    With features :math:`\varphi` (B, F), embeddings :math:`\psi = f(\varphi)` (B, D), heads
-    :math:`g_1 \dots g_m`, a base loss L and
-    :math:`\mathrm{KL}(t \to s)` as in :func:`~s2sd_pml.functional.relation_kl`:
+    With features φ (B, F), embeddings ψ = f(φ) (B, D), heads g_1 ... g_m, a base loss L and
+    KL(t -> s) as in `functional.relation_kl`, the value is
 
-    .. math::
-        \tfrac12\Big[L(\psi) + \tfrac1m\sum_i L_i(g_i(\varphi))\Big]
-        + \gamma\,\tfrac1m\sum_i \mathrm{KL}(g_i(\varphi) \to \psi)
-        + \gamma_f\,\mathrm{KL}(\varphi \to \psi)
+        1/2 [ L(ψ) + mean_i L_i(g_i(φ)) ] + γ mean_i KL(g_i(φ) -> ψ) + γ_f KL(φ -> ψ)
 
     The last term is absent before training step ``feature_delay``. Each L_i is an independent copy
     of L with an independent copy of the miner. Teachers are detached: the KL terms reach the
@@ -43,11 +39,11 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
     ``feature_weight=0`` as well, and in ``eval()`` mode, the wrapper is the base loss.
 
     **The heads are parameters**: put ``loss_func.parameters()`` into an optimizer, or call
-    :meth:`add_to`. A warning tells if they do not move while the model does.
+    ``add_to``. A warning tells if they do not move while the model does.
 
     Args:
         loss: a PML loss, or a factory ``embedding size -> loss`` for losses that
-            :func:`~s2sd_pml.clone_loss` does not know.
+            ``clone_loss`` does not know.
         miner: a PML miner, copied for every branch; or None.
         feature_dim: F. Inferred from ``embedder`` if its first layer with parameters is nn.Linear.
         embedder: the module whose input is the features. They are captured as it is called.
@@ -58,7 +54,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         temperature: T > 0.
         feature_weight: γ_f >= 0, or a function of the training step. 0: no feature distillation.
         feature_delay: the training step, counted from 0, at which feature distillation starts.
-        pooling: "avg", "avg+max" (of a feature map) or a callable; see :func:`s2sd_pml.heads.pool`.
+        pooling: "avg", "avg+max" (of a feature map) or a callable; see ``heads.pool``.
         exclude_self: leave each sample's similarity to itself out of the softmaxes.
         chunk_size: rows of the similarity matrices held at once; None: all.
         gather_distributed: the batch is the global one, of all ranks of torch.distributed.
@@ -66,7 +62,8 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
 
     Attributes:
         components: after forward, detached scalars: "base", "aux", "distill", "feature_distill"
-            (unweighted; 0 where a term is not in force), and "aux_<d>" and "distill_<d>" per head.
+            (unweighted; 0 where a term is not in force), and "aux_512",
+            "distill_512" and so on for each head.
         step: training forwards so far, a buffer that is saved and restored with the state_dict.
         capture: the FeatureCapture in use, or None. Assign one after unpickling a loss.
 
@@ -77,7 +74,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         Roth et al., "Simultaneous Similarity-based Self-Distillation for Deep Metric Learning",
         ICML 2021 (arXiv 2009.08348). The defaults are the paper's MSDF.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from pytorch_metric_learning import losses, miners
         >>> trunk, embedder = nn.Linear(20, 32), nn.Linear(32, 8)
@@ -296,7 +293,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         return groups.split(self, heads, lr, weight_decay, lr if loss_lr is None else loss_lr)
 
     def add_to(self, optimizer: torch.optim.Optimizer, **group: Any) -> S2SDLoss:
-        """Add the groups of :meth:`param_groups` to an optimizer, and return the loss.
+        """Add the groups of ``param_groups`` to an optimizer, and return the loss.
 
         Args:
             optimizer: built over the model; its learning rate is the default for ``lr``.

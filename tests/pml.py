@@ -41,9 +41,6 @@ NO_INDICES_TUPLE = {
     "PNPLoss",
     "RankedListLoss",
     "SelfSupervisedLoss",
-    "SmoothAPLoss",
-    "FastAPLoss",
-    "HistogramLoss",
     "VICRegLoss",
 }
 _SPECIAL: dict[str, Callable[[], nn.Module]] = {

@@ -154,6 +154,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("how", REFUSED)
 def test_anything_else_is_refused(net_and_capture, how):
+    if how == "broadcast_over_rows" and torch.__version__ < "2.2":
+        pytest.skip("autograd tells no shapes before torch 2.2")
     net, capture = net_and_capture
     with pytest.raises(MissingFeaturesError, match="features="):
         capture.features_of(REFUSED[how](net, net(batch())))

@@ -23,11 +23,10 @@ from s2sd_pml import S2SDLoss
 BATCH, FEATURES, DIMS = CLASSES * 6, 10, (12, 20)
 
 
-def cases(names, also_broken=None):
-    broken = {**BROKEN_IN_PML, **(also_broken or {})}
+def cases(names):
     return [
         pytest.param(n, marks=pytest.mark.skip(reason=why), id=f"{n}-{why}")
-        if (why := broken.get(n))
+        if (why := BROKEN_IN_PML.get(n))
         else n
         for n in names
     ]
@@ -78,7 +77,7 @@ def test_every_loss_trains(name, autocast):
     train(make_loss(name), autocast=autocast)
 
 
-@pytest.mark.parametrize("name", cases(loss_names(), {"ManifoldLoss": "mixes float32 in"}))
+@pytest.mark.parametrize("name", cases(loss_names()))
 def test_every_loss_trains_in_float64(name):
     train(make_loss(name), dtype=torch.float64)
 

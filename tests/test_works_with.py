@@ -10,6 +10,7 @@ from pytorch_metric_learning import losses, miners
 from torch.utils.checkpoint import checkpoint
 
 from s2sd_pml import FeatureCapture, S2SDLoss
+from s2sd_pml.errors import MissingFeaturesError
 
 
 def make(**kwargs):
@@ -132,18 +133,25 @@ def test_resume_is_bit_identical():
     assert second[1].components["feature_distill"] > 0
 
 
-@pytest.mark.parametrize("where", ["embedder", "trunk"])
-def test_a_compiled_model_has_one_graph_break_at_the_hook(where):
+def test_a_compiled_model_has_one_graph_break_at_the_hook():
     torch._dynamo.reset()
     plain, compiled, x = make(), make(), images()
     plain[1](plain[0](x), labels()).backward()
     model, loss_func = compiled
-    if where == "trunk":
-        loss_func.capture = FeatureCapture(model.trunk, "output")
-    assert torch._dynamo.explain(model)(x).graph_break_count == 1
+    if torch.__version__ >= "2.2":
+        assert torch._dynamo.explain(model)(x).graph_break_count == 1
     torch._dynamo.reset()
     loss_func(torch.compile(model, backend="aot_eager")(x), labels()).backward()
     assert_same_gradients(plain, compiled, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_not_guessed_through_a_compiled_function():
+    torch._dynamo.reset()
+    model, loss_func = make()
+    loss_func.capture = FeatureCapture(model.trunk, "output")
+    embeddings = torch.compile(model, backend="aot_eager")(images())
+    with pytest.raises(MissingFeaturesError, match="CompiledFunctionBackward.*features="):
+        loss_func(embeddings, labels())
 
 
 def test_a_compiled_model_without_graph_break_with_explicit_features():
@@ -161,6 +169,7 @@ def test_a_compiled_model_without_graph_break_with_explicit_features():
     assert_same_gradients(plain, compiled, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.2", reason="an internal error of torch.compile")
 def test_a_compiled_loss_gives_the_same():
     torch._dynamo.reset()
     model, loss_func = make()
