@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 DIMS = (256, 512)
-FEATURE_WEIGHT = 5.0
+FEATURE_WEIGHT = 10.0
 EPILOG = """\
 The paper's settings (ResNet50 on CUB200-2011 and Cars196, 150 epochs) are
   --variant msdf --dims 512 1024 1536 2048 --temperature 1 --weight 50 --feature-weight 50
@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--weight",
         type=float,
-        default=5.0,
+        default=10.0,
         help="of the heads' distillation; default: %(default)s, paper: 50",
     )
     add(
@@ -107,6 +107,12 @@ def parser() -> argparse.ArgumentParser:
         help="images of a class in a batch; default: %(default)s, paper: 2",
     )
     add("--lr", type=float, default=3e-3, help="default: %(default)s, paper: 1e-5")
+    add(
+        "--schedule",
+        choices=("cosine", "constant"),
+        default="cosine",
+        help="of the learning rate; default: %(default)s, paper: constant",
+    )
     add("--head-lr", type=float, help="of the auxiliary heads; default: --lr")
     add("--loss-lr", type=float, help="of proxies and other loss parameters; default: --lr")
     add("--weight-decay", type=float, default=4e-4, help="of the network; default: %(default)s")

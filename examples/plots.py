@@ -45,7 +45,7 @@ def retrieval(
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(unseen.labels), generator=generator)[:queries].tolist()
     found = [nearest(apply(run.model, unseen.images), neighbours).cpu() for run in runs]
-    images, labels = unseen.images[:, 0].cpu(), unseen.labels.cpu()
+    images, labels = unseen.images[:, 0].cpu().numpy(), unseen.labels.cpu()
 
     gap = [0.35]
     widths = [1, *(len(runs) * (gap + [1] * neighbours))]

@@ -69,6 +69,15 @@ def make_optimizer(
     return optimizer
 
 
+def make_schedule(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Of the learning rate, by step. Built after the heads joined the optimizer."""
+    if args.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
 def train(
     name: str,
     losses: Callable[..., LossAndMiner],
@@ -83,6 +92,7 @@ def train(
     loss_func.to(args.device)
     optimizer = make_optimizer(args, model, loss_func)
     loader = icons.batches(seen, args.batch_size, args.per_class, args.steps_per_epoch, args.seed)
+    schedule = make_schedule(args, optimizer, args.epochs * len(loader))
     augment = icons.RandomAffine(args.seed)
     run = Run(name, model, loss_func)
 
@@ -97,6 +107,7 @@ def train(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                schedule.step()
                 run.step += 1
                 recorded.append({"loss": loss.item(), **report.components(loss_func)})
                 bar.set_postfix({k: f"{v:.3g}" for k, v in recorded[-1].items()}, refresh=False)
