@@ -61,13 +61,11 @@ class FeatureCapture:
         self._key = object()  # of this capture's notes, in the nodes' metadata
         if not _note:
             _note.append(torch.compiler.disable(FeatureCapture._note))  # type: ignore[no-untyped-call]
-        self._before = threading.local()
-        self._before.versions = []
+        self._before = threading.local()  # versions of the inputs of the forward under way
         try:
-            handles = [
-                module.register_forward_pre_hook(_PreHook(self), with_kwargs=True),
-                module.register_forward_hook(_Hook(self), with_kwargs=True),
-            ]
+            handles = [module.register_forward_hook(_Hook(self), with_kwargs=True)]
+            if side == "input":
+                handles.append(module.register_forward_pre_hook(_PreHook(self), with_kwargs=True))
         except RuntimeError as error:  # a scripted module
             raise ArgumentError(
                 f"{type(module).__name__} takes no forward hooks ({error}). "
@@ -153,7 +151,7 @@ class FeatureCapture:
     def _remember_versions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the forward: what the inputs' versions are, to see a change in place."""
         inputs = _features_among([*args, *kwargs.values()])
-        self._before.versions = [(id(t), t._version) for t in inputs if not t.is_inference()]
+        self._before.versions = {id(t): t._version for t in inputs if not t.is_inference()}
 
     def _note(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Note the features on the nodes of the outputs; return a replacement output or None.
@@ -195,8 +193,7 @@ class FeatureCapture:
                 f"{self._describe()} was called with {len(inputs)} floating point tensors of two "
                 f"or more dimensions, of shapes {shapes}; it is unclear which is the features."
             )
-        before = dict(self._before.versions)
-        self._before.versions = []
+        before = self._before.__dict__.pop("versions", {})  # none in a compiled forward
         if before.get(id(inputs[0]), inputs[0]._version) != inputs[0]._version:
             return (
                 f"{self._describe()} changes its input in place (a ReLU with inplace=True?), so "
