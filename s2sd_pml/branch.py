@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .errors import FeatureShapeError, UnsupportedLossError
 from .functional import full_precision
+from .sharing import SharedDistance, SharedIndices, share_distance
 
 
 class Branch(nn.Module):
@@ -22,6 +23,7 @@ class Branch(nn.Module):
         self.head = head
         self.loss = loss
         self.miner = miner
+        share_distance(loss, miner)
 
     def project(self, features: Tensor, dim: int) -> Tensor:
         """g(φ), (B, F) -> (B, dim), in the head's own precision."""
@@ -36,6 +38,16 @@ class Branch(nn.Module):
             )
         return embeddings
 
+    def metric_loss(self, embeddings: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
+        """L(g(φ)), and cos(g(φ)) where loss or miner computed that: once for both."""
+        distance = getattr(self.loss, "distance", None)
+        if not isinstance(distance, SharedDistance):
+            return metric_loss(self.loss, self.miner, embeddings, *args), None
+        with distance.sharing():
+            return metric_loss(self.loss, self.miner, embeddings, *args), distance.cosines(
+                embeddings
+            )
+
 
 def metric_loss(
     loss: Any,
@@ -45,11 +57,13 @@ def metric_loss(
     indices_tuple: Any = None,
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None,
+    listed: SharedIndices | None = None,
 ) -> Tensor:
     """L(embeddings) in float32 (float64 stays), autocast off: a scalar.
 
-    A given ``indices_tuple`` replaces the miner. Only what was given is passed on: PML compares
-    ``ref_emb`` with ``embeddings`` by identity, and some losses take fewer arguments.
+    A given ``indices_tuple`` replaces the miner. Without either, what the loss would list for
+    itself is taken from ``listed``. Only what was given is passed on: PML compares ``ref_emb`` with
+    ``embeddings`` by identity, and some losses take fewer arguments.
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         same = ref_emb is embeddings
@@ -61,6 +75,8 @@ def metric_loss(
             given["ref_labels"] = ref_labels
         if indices_tuple is None and miner is not None:
             indices_tuple = miner(embeddings, labels, **given)
+        elif indices_tuple is None and listed is not None and ref_emb is None:
+            indices_tuple = listed.of(loss)
         if indices_tuple is not None:
             given["indices_tuple"] = indices_tuple
         value: Any = (

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import ArgumentError, BatchError, S2SDError
-
-GRAM_BLOCK = 512  # rows at a time; smaller batches are one product
+from .errors import ArgumentError, BatchError
+from .kernel import RelationKL
 
 
 def relation_kl(
@@ -25,6 +23,7 @@ def relation_kl(
     exclude_self: bool = False,
     chunk_size: int | None = None,
     rows: tuple[int, int] | None = None,
+    cosines: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of the KL divergences from each teacher's batch relations to the student's.
 
@@ -46,6 +45,7 @@ def relation_kl(
         chunk_size: rows of the similarity matrices held at once; None holds all.
         rows: (start, stop) of the rows that the sum and the mean 1/B run over; None is all. Every
             row still meets all columns.
+        cosines: for each teacher cos(t_j) (B, B) where it is known already, else None.
 
     Returns:
         total, a scalar with gradient with respect to ``student``, and the detached unweighted
@@ -65,16 +65,23 @@ def relation_kl(
         (True, torch.Size([1]))
     """
     _validate(student, teachers, weights, temperature, chunk_size, rows)
+    for j, known in enumerate(cosines or ()):
+        if known is not None and known.shape != (len(student), len(student)):
+            raise BatchError(
+                f"cosines[{j}] has shape {tuple(known.shape)} for a batch of {len(student)}. "
+                f"Pass all of it, ({len(student)}, {len(student)}), or None."
+            )
     start, stop = rows or (0, len(student))
     with torch.autocast(student.device.type, enabled=False):
-        total, per_teacher = _RelationKL.apply(  # type: ignore[no-untyped-call]
+        total, per_teacher = RelationKL.apply(  # type: ignore[no-untyped-call]
             _unit_rows(student),
             tuple(float(w) for w in weights),
             temperature,
             exclude_self,
             chunk_size or max(stop - start, 1),
             (start, stop),
-            *(_unit_rows(t.detach()) for t in teachers),
+            cosines or [None] * len(teachers),
+            *(full_precision(t.detach()) for t in teachers),
         )
     return total, per_teacher
 
@@ -122,101 +129,6 @@ def full_precision(x: Tensor) -> Tensor:
 
 def _unit_rows(x: Tensor) -> Tensor:
     return F.normalize(full_precision(x), dim=1)
-
-
-class _RelationKL(torch.autograd.Function):
-    """Student and teachers are unit rows. The gradient is ready when forward ends."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        weights: tuple[float, ...],
-        temperature: float,
-        exclude_self: bool,
-        chunk_size: int,
-        rows: tuple[int, int],
-        *teachers: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        start, stop = rows
-        needs_grad = ctx.needs_input_grad[0]
-        grad = torch.zeros_like(student) if needs_grad else None
-        per_teacher = student.new_zeros(len(teachers))
-        alone = exclude_self and len(student) == 1
-        for a in () if alone else range(start, stop, chunk_size):
-            b = min(a + chunk_size, stop)
-            log_student = _log_relations(student, a, b, temperature, exclude_self)
-            target = torch.zeros_like(log_student)
-            for j, (teacher, weight) in enumerate(zip(teachers, weights, strict=True)):
-                log_teacher = _log_relations(teacher, a, b, temperature, exclude_self)
-                p_teacher = log_teacher.exp()
-                target.add_(p_teacher, alpha=weight)
-                log_ratio = log_teacher.sub_(log_student)
-                per_teacher[j] += torch.dot(p_teacher.view(-1), log_ratio.view(-1))
-            if grad is not None:
-                # d total / d similarities, up to the factor T / number of rows
-                delta = log_student.exp_().mul_(sum(weights)).sub_(target)
-                grad[a:b].addmm_(delta, student)
-                grad.addmm_(delta.T, student[a:b])
-        count = max(stop - start, 1)
-        per_teacher.mul_(temperature**2 / count)
-        if grad is not None:
-            ctx.save_for_backward(grad.mul_(temperature / count))
-        ctx.mark_non_differentiable(per_teacher)
-        ctx.set_materialize_grads(False)
-        return torch.dot(per_teacher, per_teacher.new_tensor(weights)), per_teacher
-
-    @staticmethod
-    def backward(ctx: Any, grad_total: Tensor | None, _: None = None) -> tuple[Any, ...]:
-        nones = (None,) * (len(ctx.needs_input_grad) - 1)
-        if grad_total is None:
-            return None, *nones
-        (grad,) = ctx.saved_tensors
-        grad = grad_total * grad
-        if torch.is_grad_enabled():  # create_graph=True: a second derivative may follow
-            grad = _FirstOrderOnly.apply(grad.requires_grad_())  # type: ignore[no-untyped-call]
-        return grad, *nones
-
-
-def _log_relations(x: Tensor, a: int, b: int, temperature: float, exclude_self: bool) -> Tensor:
-    """Rows a to b of log softmax(cos(x) / T), for unit rows x."""
-    similarities = _gram(x) if b - a == len(x) else x[a:b] @ x.T
-    if temperature != 1:
-        similarities.div_(temperature)
-    if exclude_self:
-        similarities.diagonal(a).fill_(-math.inf)
-    log_p = similarities.log_softmax(dim=1)
-    if exclude_self:  # probability 0 and log-ratio 0, without inf - inf
-        log_p.diagonal(a).fill_(torch.finfo(log_p.dtype).min)
-    return log_p
-
-
-def _gram(x: Tensor) -> Tensor:
-    """x @ x.T at little more than half its cost: it is symmetric."""
-    n = len(x)
-    if n <= GRAM_BLOCK:
-        return x @ x.T
-    gram = x.new_empty(n, n)
-    for a in range(0, n, GRAM_BLOCK):
-        b = min(a + GRAM_BLOCK, n)
-        gram[a:b, a:] = x[a:b] @ x[a:].T
-        gram[b:, a:b] = gram[a:b, b:].T
-    return gram
-
-
-class _FirstOrderOnly(torch.autograd.Function):
-    """Let a gradient through and refuse to differentiate it again."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        raise S2SDError(
-            "relation_kl was differentiated twice; its second derivative is not implemented. Use "
-            "relation_kl_reference, or leave the distillation terms out of the gradient penalty."
-        )
 
 
 def _validate(

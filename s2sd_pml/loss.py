@@ -15,10 +15,11 @@ from .branch import Branch, metric_loss
 from .capture import FeatureCapture
 from .cloning import clone_loss, clone_miner
 from .errors import ArgumentError
-from .functional import relation_kl
+from .functional import full_precision, relation_kl
 from .guard import OptimizerGuard
 from .heads import POOLINGS, Pooling, ProjectionHead, Unowned, pool
 from .settings import value_of
+from .sharing import SharedIndices
 
 Schedule = float | Callable[[int], float]
 PAPER_HEAD_DIMS = (512, 1024, 1536, 2048)
@@ -221,28 +222,34 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         ψ, labels = gather(embeddings), gather(labels)
 
         # 1/2 [ L(ψ) + mean_i L(g_i(φ)) ]
-        base = metric_loss(self.loss, self.miner, ψ, labels, indices_tuple, ref_emb, ref_labels)
-        projected = gather.joined(self._project(φ))
+        listed = SharedIndices(labels, ψ.device)
+        base = metric_loss(
+            self.loss, self.miner, ψ, labels, indices_tuple, ref_emb, ref_labels, listed
+        )
+        joined = gather.joined(self._project(φ))
+        projected = {name: full_precision(z) for name, z in joined.items()}
         projected_ref = projected if ref_emb is embeddings else self._project(φ_ref)
-        aux = [
-            metric_loss(
-                branch.loss,
-                branch.miner,
+        branch_losses = [
+            branch.metric_loss(
                 projected[name],
                 labels,
                 indices_tuple if branch.miner is None else None,
                 projected_ref.get(name),
                 ref_labels,
+                listed,
             )
             for name, branch in self._branches()
         ]
+        aux = [value for value, _ in branch_losses]
         loss = (base + torch.stack(aux).mean()) / 2 if aux else base
 
         # γ mean_i KL(g_i(φ) -> ψ) + γ_f KL(φ -> ψ)
         γ, γ_f = (value_of(n, getattr(self, n), step) for n in ("weight", "feature_weight"))
         teachers, weights = list(projected.values()), [γ / len(aux) for _ in aux]
+        cosines = [known for _, known in branch_losses]
         if φ is not None and self._distils_features and step >= self.feature_delay:
             teachers, weights = [*teachers, gather(φ.detach())], [*weights, γ_f]
+            cosines.append(None)
         kl = loss.new_zeros(0)
         if teachers:
             distillation, kl = relation_kl(
@@ -253,6 +260,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
                 exclude_self=self.exclude_self,
                 chunk_size=self.chunk_size,
                 rows=gather.own_rows,
+                cosines=cosines,
             )
             distillation, kl = gather.mean(distillation, kl)
             loss = loss + distillation

@@ -7,7 +7,8 @@ from helpers import plain_kl
 from hypothesis import given, settings
 
 from s2sd_pml.errors import ArgumentError, BatchError, S2SDError
-from s2sd_pml.functional import GRAM_BLOCK, relation_kl, relation_kl_reference
+from s2sd_pml.functional import relation_kl, relation_kl_reference
+from s2sd_pml.kernel import GRAM_BLOCK
 
 
 def value_and_grad(function, student, teachers, **kwargs):
@@ -104,6 +105,23 @@ def test_batches_of_several_blocks(chunk_size, exclude_self):
     expected = value_and_grad(relation_kl_reference, student, teachers, **kwargs)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_known_cosines_of_teachers_are_used(chunk_size):
+    student, teachers = torch.randn(9, 4).double(), [torch.randn(9, 5).double() for _ in range(2)]
+    unit = torch.nn.functional.normalize(teachers[1], dim=1)
+    known = unit @ unit.T
+    before = known.clone()
+    kwargs = {"weights": [3.0, 2.0], "temperature": 0.5, "exclude_self": True, "rows": (2, 9)}
+    expected = value_and_grad(relation_kl, student, teachers, **kwargs)
+    kwargs |= {"chunk_size": chunk_size, "cosines": [None, known]}
+    got = value_and_grad(relation_kl, student, [teachers[0], torch.empty(9, 1).double()], **kwargs)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert torch.equal(known, before)
+    with pytest.raises(BatchError, match=r"cosines\[1\] has shape \(9, 8\)"):
+        relation_kl(student, teachers, weights=[1.0, 1.0], cosines=[None, known[:, 1:]])
 
 
 def test_teachers_get_no_gradient():
