@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 
+from .errors import DistributedError
+
 T = TypeVar("T", Tensor, Tensor | None)
+MUST_AGREE = ("the embedding size", "whether labels are given (1) or not (0)", "the training step")
 
 
 class Gather:
@@ -21,22 +26,53 @@ class Gather:
     holds the whole batch.
 
     Args:
-        embeddings: the local batch; ranks may hold different numbers of rows.
         enabled: False makes everything the identity, as does a world of one rank.
     """
 
-    def __init__(self, embeddings: Tensor, enabled: bool) -> None:
+    def __init__(self, enabled: bool) -> None:
         ready = enabled and dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size() if ready else 1
-        self.device = embeddings.device
         self.own_rows: tuple[int, int] | None = None
-        if self.world_size > 1:
-            self.sizes = _batch_sizes(embeddings, self.world_size)
-            rank = dist.get_rank()
-            start = sum(self.sizes[:rank])
-            self.own_rows = (start, start + self.sizes[rank])
-            # This rank's weight in a mean over ranks: 1 if all hold as many rows.
-            self.share = self.sizes[rank] * self.world_size / sum(self.sizes)
+
+    @contextmanager
+    def agreement(self, embeddings: Any, labels: Any, step: int) -> Iterator[None]:
+        """Check this rank's batch within; at the end all ranks go on, or none.
+
+        A rank that refuses its batch would leave the others waiting for it. So the ranks tell each
+        other how they fared, how many rows they hold (they may differ), and what must be the same.
+
+        Raises:
+            DistributedError: on the ranks that found nothing wrong themselves.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        self.device = getattr(embeddings, "device", torch.device("cpu"))
+        message = torch.zeros(len(MUST_AGREE) + 2, dtype=torch.long, device=self.device)
+        try:
+            yield
+        except Exception:
+            _all_gather(message, self.world_size)
+            raise
+        own = [1, *embeddings.shape, labels is not None, step]
+        told = [r.tolist() for r in _all_gather(message.new_tensor(own), self.world_size)]
+        if failed := [str(rank) for rank, (fine, *_) in enumerate(told) if not fine]:
+            raise DistributedError(
+                f"This rank's batch is fine, but rank {', '.join(failed)} of {self.world_size} "
+                "refused its own. The error raised there tells why."
+            )
+        for name, values in zip(MUST_AGREE, zip(*(t[2:] for t in told), strict=True), strict=True):
+            if len(set(values)) > 1:
+                raise DistributedError(
+                    f"The ranks differ in {name}: {list(values)}, in rank order. Call the loss "
+                    "with the same model and at the same step on all of them."
+                )
+        self.sizes = [rows for _, rows, *_ in told]
+        rank = dist.get_rank()
+        start = sum(self.sizes[:rank])
+        self.own_rows = (start, start + self.sizes[rank])
+        # This rank's weight in a mean over ranks: 1 if all hold as many rows.
+        self.share = self.sizes[rank] * self.world_size / sum(self.sizes)
 
     def __call__(self, x: T) -> T:
         """The rows of all ranks."""
@@ -63,11 +99,10 @@ class Gather:
         return total + (value[0] - total.detach()), value[1:]
 
 
-def _batch_sizes(batch: Tensor, world_size: int) -> list[int]:
-    own = torch.tensor([len(batch)], device=batch.device)
-    every = [torch.empty_like(own) for _ in range(world_size)]
-    dist.all_gather(every, own)
-    return [int(n) for n in every]
+def _all_gather(x: Tensor, world_size: int) -> list[Tensor]:
+    every = [torch.empty_like(x) for _ in range(world_size)]
+    dist.all_gather(every, x)
+    return every
 
 
 def _gather_rows(x: Tensor, sizes: list[int]) -> Tensor:
@@ -77,6 +112,5 @@ def _gather_rows(x: Tensor, sizes: list[int]) -> Tensor:
     if x.requires_grad:
         every = dist_nn.all_gather(x.contiguous())  # type: ignore[no-untyped-call]
     else:
-        every = [torch.empty_like(x) for _ in sizes]
-        dist.all_gather(every, x.contiguous())
+        every = _all_gather(x.contiguous(), len(sizes))
     return torch.cat([part[:n] for part, n in zip(every, sizes, strict=True)])

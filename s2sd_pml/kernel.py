@@ -15,7 +15,7 @@ from torch import Tensor
 from .errors import S2SDError
 
 GRAM_BLOCK = 256  # rows of a symmetric product at a time
-CACHED = 2**16  # entries that the elementwise steps work on at a time: they stay in the cache
+CACHED = 2**17  # entries that the elementwise steps work on at a time: they stay in the cache
 
 
 class RelationKL(torch.autograd.Function):

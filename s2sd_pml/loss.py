@@ -206,19 +206,18 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         self.reset_stats()
         if isinstance(self.loss, SelfSupervisedLoss) and ref_emb is None:
             labels, ref_emb = None, labels  # that loss is called with (embeddings, ref_emb)
-        checks.batch(embeddings, labels, ref_emb, self.loss)
         if not self.training:
+            checks.batch(embeddings, labels, ref_emb, self.loss)
             args = (labels, indices_tuple, ref_emb, ref_labels)
             loss = metric_loss(self.loss, self.miner, embeddings, *args)
             return self._finish(loss, loss, [], loss.new_zeros(0))
 
         step = int(self.step)
-        φ = self._features(features, embeddings, "features")
-        φ_ref = (
-            None if ref_emb is embeddings else self._features(ref_features, ref_emb, "ref_features")
-        )
-        gather = distributed.Gather(embeddings, self.gather_distributed)
-        checks.gatherable(gather.world_size, indices_tuple, ref_emb)
+        gather = distributed.Gather(self.gather_distributed)
+        with gather.agreement(embeddings, labels, step):
+            checks.batch(embeddings, labels, ref_emb, self.loss)
+            checks.gatherable(gather.world_size, indices_tuple, ref_emb)
+            φ = self._features(features, embeddings, "features")
         ψ, labels = gather(embeddings), gather(labels)
 
         # 1/2 [ L(ψ) + mean_i L(g_i(φ)) ]
@@ -228,7 +227,9 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         )
         joined = gather.joined(self._project(φ))
         projected = {name: full_precision(z) for name, z in joined.items()}
-        projected_ref = projected if ref_emb is embeddings else self._project(φ_ref)
+        projected_ref = projected
+        if ref_emb is not embeddings:
+            projected_ref = self._project(self._features(ref_features, ref_emb, "ref_features"))
         branch_losses = [
             branch.metric_loss(
                 projected[name],

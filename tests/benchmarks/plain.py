@@ -1,0 +1,40 @@
+"""The paper's equations written plainly with PML's own parts: what S2SDLoss is compared with."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+
+from s2sd_pml.functional import relation_kl_reference
+
+PAPER_HEAD_DIMS = (512, 1024, 1536, 2048)
+
+
+class PlainS2SD(nn.Module):
+    """1/2 [ L(ψ) + mean_i L(g_i(φ)) ] + γ mean_i KL(g_i(φ) -> ψ) + γ_f KL(φ -> ψ), nothing shared.
+
+    It holds the heads of an S2SDLoss, whose γ and γ_f are constants here, and copies of a loss
+    without parameters and its miner.
+    """
+
+    def __init__(
+        self, loss: nn.Module, miner: nn.Module | None, heads: list[nn.Module], γ: float, γ_f: float
+    ) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+        self.losses = nn.ModuleList(copy.deepcopy(loss) for _ in range(len(heads) + 1))
+        self.miners = [copy.deepcopy(miner) for _ in self.losses]
+        self.γ, self.γ_f = γ, γ_f
+
+    def forward(self, embeddings: Tensor, labels: Tensor, features: Tensor) -> Tensor:
+        projected = [head(features) for head in self.heads]
+        base, *aux = (
+            loss(z, labels, miner(z, labels) if miner is not None else None)
+            for loss, miner, z in zip(
+                self.losses, self.miners, [embeddings, *projected], strict=True
+            )
+        )
+        weights = [self.γ / len(aux)] * len(aux) + [self.γ_f]
+        total, _ = relation_kl_reference(embeddings, [*projected, features], weights=weights)
+        return (base + sum(aux) / len(aux)) / 2 + total
