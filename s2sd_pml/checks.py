@@ -42,7 +42,7 @@ def batch(embeddings: Any, labels: Any, ref_emb: Any, loss: nn.Module) -> None:
         if isinstance(loss, (losses.CrossBatchMemory, losses.MultipleLosses)):
             raise BatchError(
                 f"{type(loss).__name__} takes no ref_emb. Leave it out; its reference embeddings "
-                "are its own."
+                "are its own. An enqueue_mask is not for S2SDLoss: every row is distilled."
             )
         floating(ref_emb, "ref_emb")
         if ref_emb.ndim != 2:
@@ -66,7 +66,7 @@ def refused(
     seen = "no labels" if labels is None else f"labels {tuple(labels.shape)}"
     return BatchError(
         f"{names} refused embeddings {tuple(embeddings.shape)}, {', '.join([seen, *given])}. "
-        f"{type(error).__name__}: {str(error) or 'an assertion failed'}. The loss is called as without "
+        f"{type(error).__name__}: {str(error) or 'an assertion failed'}. It is called as without "
         "S2SDLoss: give it what it takes on its own, and leave out the rest."
     )
 
