@@ -37,7 +37,9 @@ def test_cross_batch_memory_around_every_loss_that_it_supports(name, mined):
     inner = getattr(losses, name)()
     miner = make_miner("MultiSimilarityMiner") if mined == "inside" else None
     loss = losses.CrossBatchMemory(inner, SIZE, memory_size=BATCH + 20, miner=miner)
-    loss_func = train(loss, given=mined == "outside", steps=1 if mined == "outside" and name in MATRIX else 3)
+    loss_func = train(
+        loss, given=mined == "outside", steps=1 if mined == "outside" and name in MATRIX else 3
+    )
     memories = [loss_func.loss, *(b.loss for b in loss_func.branches.values())]
     assert [m.embedding_memory.shape[1] for m in memories] == [SIZE, *DIMS]
     assert len({m.queue_idx for m in memories}) == 1
@@ -58,6 +60,18 @@ def test_cross_batch_memory_around_a_matrix_loss_fails_on_pairs_from_outside(nam
     loss_func = S2SDLoss(filled(), feature_dim=FEATURES, head_dims=DIMS)
     with pytest.raises(BatchError, match="CrossBatchMemory refused.*positive or negative"):
         loss_func(torch.randn(BATCH, SIZE), labels(), given, features=torch.randn(BATCH, FEATURES))
+
+
+def test_cross_batch_memory_compares_pairs_from_outside_with_the_wrong_rows():
+    """The same fault around a pair loss, without S2SD: nothing is raised."""
+    loss = losses.CrossBatchMemory(losses.ContrastiveLoss(), SIZE, memory_size=4 * BATCH)
+    called = []
+    loss.loss.register_forward_pre_hook(lambda _, args: called.append(args))
+    given, mixed = hardest(torch.randn(BATCH, SIZE)), torch.randperm(BATCH)
+    for batch_labels in (labels()[mixed], labels()):
+        loss(torch.randn(BATCH, SIZE), batch_labels, given)
+    _, batch_labels, (anchors, positives, *_), _, memory_labels = called[-1]
+    assert (batch_labels[anchors] != memory_labels[positives]).any()
 
 
 def test_an_enqueue_mask_is_refused():
