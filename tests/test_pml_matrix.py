@@ -7,6 +7,7 @@ What fails is shown to fail without S2SDLoss too; such a test fails when PML men
 import pytest
 import torch
 from pml import (
+    CLASSES,
     FAULTY,
     NO_INDICES_TUPLE,
     NO_REF_EMB,
@@ -125,6 +126,12 @@ def test_vicreg_without_ref_emb_compares_with_itself():
     embeddings = torch.randn(BATCH, SIZE, requires_grad=True)
     loss_func(embeddings, features=torch.randn(BATCH, FEATURES)).backward()
     assert torch.equal(loss_func.components["base"], losses.VICRegLoss()(embeddings))
+
+
+def test_margin_loss_with_a_learnable_beta_for_each_class():
+    loss = losses.MarginLoss(learn_beta=True, num_classes=CLASSES, nu=0.1)
+    loss_func = train(loss, make_miner("DistanceWeightedMiner"))
+    assert len({id(b.loss.beta) for b in loss_func.branches.values()} | {id(loss.beta)}) == 3
 
 
 def test_generic_pair_loss_is_abstract():

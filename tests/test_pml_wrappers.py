@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pml import CLASSES, SIZE, make_miner
-from pml_training import BATCH, DIMS, FEATURES, hardest, labels, refused, train
+from pml_training import BATCH, DIMS, FEATURES, hardest, labels, train
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
@@ -102,7 +102,11 @@ def test_multiple_losses(as_dict, mined):
 def test_multiple_losses_with_miners_take_no_others():
     loss = losses.MultipleLosses([losses.TripletMarginLoss()], [miners.BatchHardMiner()])
     given = hardest(torch.randn(BATCH, SIZE))
-    refused(loss, None, AssertionError, "", indices_tuple=given)
+    with pytest.raises(AssertionError):  # without words
+        loss(torch.randn(BATCH, SIZE), labels(), given)
+    loss_func = S2SDLoss(loss, feature_dim=FEATURES, head_dims=DIMS)
+    with pytest.raises(BatchError, match="MultipleLosses refused.*an assertion failed"):
+        loss_func(torch.randn(BATCH, SIZE), labels(), given, features=torch.randn(BATCH, FEATURES))
     with pytest.raises(ArgumentError, match="has miners of its own.*Leave the miner out"):
         S2SDLoss(loss, miners.BatchHardMiner(), feature_dim=FEATURES)
 
