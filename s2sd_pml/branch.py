@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import checks
 from .errors import FeatureShapeError, UnsupportedLossError
 from .functional import full_precision
 from .sharing import SharedDistance, SharedIndices, share_distance
@@ -73,15 +74,18 @@ def metric_loss(
             given["ref_emb"] = embeddings if same else full_precision(ref_emb)
         if ref_labels is not None:
             given["ref_labels"] = ref_labels
-        if indices_tuple is None and miner is not None:
-            indices_tuple = miner(embeddings, labels, **given)
-        elif indices_tuple is None and listed is not None and ref_emb is None:
-            indices_tuple = listed.of(loss)
-        if indices_tuple is not None:
-            given["indices_tuple"] = indices_tuple
-        value: Any = (
-            loss(embeddings, **given) if labels is None else loss(embeddings, labels, **given)
-        )
+        try:
+            if indices_tuple is None and miner is not None:
+                indices_tuple = miner(embeddings, labels, **given)
+            elif indices_tuple is None and listed is not None and ref_emb is None:
+                indices_tuple = listed.of(loss)
+            if indices_tuple is not None:
+                given["indices_tuple"] = indices_tuple
+            value: Any = (
+                loss(embeddings, **given) if labels is None else loss(embeddings, labels, **given)
+            )
+        except checks.REFUSALS as error:
+            raise checks.refused(loss, miner, embeddings, labels, given, error) from error
     if isinstance(value, dict):
         raise UnsupportedLossError(
             f"{type(loss).__name__} returned a dict with keys {sorted(value)}: its reducer does "

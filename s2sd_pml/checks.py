@@ -42,11 +42,33 @@ def batch(embeddings: Any, labels: Any, ref_emb: Any, loss: nn.Module) -> None:
         if isinstance(loss, (losses.CrossBatchMemory, losses.MultipleLosses)):
             raise BatchError(
                 f"{type(loss).__name__} takes no ref_emb. Leave it out; its reference embeddings "
-                "are its own."
+                "are its own. An enqueue_mask is not for S2SDLoss: every row is distilled."
             )
         floating(ref_emb, "ref_emb")
         if ref_emb.ndim != 2:
             raise BatchError(f"ref_emb has shape {tuple(ref_emb.shape)}. Pass (references, size).")
+
+
+# What losses and miners raise for a batch that they do not take.
+REFUSALS = (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
+
+
+def refused(
+    loss: Any,
+    miner: Any,
+    embeddings: Tensor,
+    labels: Tensor | None,
+    given: dict[str, Any],
+    error: Exception,
+) -> BatchError:
+    """The error of a loss or its miner, with what it was called with."""
+    names = type(loss).__name__ + ("" if miner is None else f" with {type(miner).__name__}")
+    seen = "no labels" if labels is None else f"labels {tuple(labels.shape)}"
+    return BatchError(
+        f"{names} refused embeddings {tuple(embeddings.shape)}, {', '.join([seen, *given])}. "
+        f"{type(error).__name__}: {str(error) or 'an assertion failed'}. It is called as without "
+        "S2SDLoss: give it what it takes on its own, and leave out the rest."
+    )
 
 
 def captured(capture: FeatureCapture | None, embeddings: Tensor, name: str) -> Tensor:

@@ -20,6 +20,7 @@ from .guard import OptimizerGuard
 from .heads import POOLINGS, Pooling, ProjectionHead, Unowned, pool
 from .settings import value_of
 from .sharing import SharedIndices
+from .unrecorded import UnrecordedModuleDict
 
 Schedule = float | Callable[[int], float]
 PAPER_HEAD_DIMS = (512, 1024, 1536, 2048)
@@ -131,7 +132,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         )
         self.loss = settings.base_loss(loss, embedding_size, embedder)
         self.miner = miner
-        self.branches = nn.ModuleDict()
+        self.branches = UnrecordedModuleDict()
         for dim in self.head_dims:
             assert self.feature_dim is not None
             self.branches[f"head_{dim}"] = Branch(

@@ -29,11 +29,8 @@ EMBEDDING_SIZED = {
     "P2SGradLoss": ("weight", 0),
     "ManifoldLoss": ("proxies", 1),
 }
-# PML's own faults: skipped where they bite, with the reason in the test's id.
-BROKEN_IN_PML = {
-    "DynamicSoftMarginLoss": "keeps its graph between calls (PML issue 731)",
-    "GenericPairLoss": "is abstract",
-}
+# They have tests of their own: one keeps its graph between calls, one is abstract.
+FAULTY = {"DynamicSoftMarginLoss", "GenericPairLoss"}
 NO_INDICES_TUPLE = {
     "InstanceLoss",
     "ManifoldLoss",
@@ -42,6 +39,27 @@ NO_INDICES_TUPLE = {
     "RankedListLoss",
     "SelfSupervisedLoss",
     "VICRegLoss",
+}
+NO_REF_EMB = {
+    *EMBEDDING_SIZED,
+    "CrossBatchMemory",
+    "FastAPLoss",
+    "HistogramLoss",
+    "InstanceLoss",
+    "MultipleLosses",
+    "NPairsLoss",
+    "PNPLoss",
+    "RankedListLoss",
+    "SmoothAPLoss",
+}
+USUAL_MINER = {
+    "AngularLoss": "AngularMiner",
+    "ContrastiveLoss": "PairMarginMiner",
+    "HistogramLoss": "UniformHistogramMiner",
+    "LiftedStructureLoss": "HDCMiner",
+    "MarginLoss": "DistanceWeightedMiner",
+    "NCALoss": "BatchEasyHardMiner",
+    "TripletMarginLoss": "TripletMarginMiner",
 }
 _SPECIAL: dict[str, Callable[[], nn.Module]] = {
     "P2SGradLoss": lambda: losses.P2SGradLoss(SIZE, CLASSES),
@@ -59,13 +77,18 @@ _SPECIAL: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def loss_names() -> list[str]:
-    """Every loss class that pytorch_metric_learning.losses exports."""
+def exported(module: Any, *but: str) -> list[str]:
+    """Every nn.Module class that a module of PML exports, but for those named."""
     return sorted(
         name
-        for name, value in vars(losses).items()
-        if isinstance(value, type) and issubclass(value, nn.Module) and name not in NOT_LOSSES
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, nn.Module) and name not in but
     )
+
+
+def loss_names() -> list[str]:
+    """Every loss class that pytorch_metric_learning.losses exports."""
+    return exported(losses, *NOT_LOSSES)
 
 
 def make_loss(name: str) -> nn.Module:
@@ -79,16 +102,13 @@ def make_loss(name: str) -> nn.Module:
 
 def miner_names() -> list[str]:
     """Every miner class that pytorch_metric_learning.miners exports."""
-    return sorted(
-        name
-        for name, value in vars(miners).items()
-        if isinstance(value, type) and issubclass(value, nn.Module) and name != "BaseMiner"
-    )
+    return exported(miners, "BaseMiner")
 
 
 def make_miner(name: str) -> nn.Module:
     """The miner with settings that suit a small batch."""
     arguments: dict[str, dict[str, Any]] = {
+        "MultiSimilarityMiner": {"epsilon": 0.5},
         "HDCMiner": {"filter_percentage": 0.5},
         "UniformHistogramMiner": {"num_bins": 20},
         "PairMarginMiner": {"pos_margin": 0.2, "neg_margin": 0.8},

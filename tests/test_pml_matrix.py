@@ -1,121 +1,173 @@
 """Every loss and miner that pytorch-metric-learning exports trains inside S2SDLoss.
 
 The lists come from the installed PML, so that a class that a later release adds is noticed here.
+What fails is shown to fail without S2SDLoss too; such a test fails when PML mends it.
 """
 
 import pytest
 import torch
 from pml import (
-    BROKEN_IN_PML,
     CLASSES,
+    FAULTY,
     NO_INDICES_TUPLE,
+    NO_REF_EMB,
     SIZE,
+    USUAL_MINER,
     loss_names,
     make_loss,
     make_miner,
     miner_names,
 )
+from pml_training import BATCH, DIMS, FEATURES, hardest, labels, refused, stats, train
 from pytorch_metric_learning import losses, miners
+from pytorch_metric_learning.utils import common_functions as c_f
 from torch import nn
 
 from s2sd_pml import S2SDLoss
+from s2sd_pml.errors import ArgumentError, S2SDError
 
-BATCH, FEATURES, DIMS = CLASSES * 6, 10, (12, 20)
-
-
-def cases(names):
-    return [
-        pytest.param(n, marks=pytest.mark.skip(reason=why), id=f"{n}-{why}")
-        if (why := BROKEN_IN_PML.get(n))
-        else n
-        for n in names
-    ]
+LOSSES = sorted(set(loss_names()) - FAULTY)
+TAKE_PAIRS = sorted(set(LOSSES) - NO_INDICES_TUPLE)
+TAKE_REFERENCES = sorted(set(LOSSES) - NO_REF_EMB)
 
 
-def train(loss, miner=None, *, steps=3, dtype=torch.float32, autocast=False, given=False):
-    """Some steps of S2SD, in which every parameter must move and every value be finite."""
-    name = type(loss).__name__
-    trunk, embedder = nn.Linear(5, FEATURES).to(dtype), nn.Linear(FEATURES, SIZE).to(dtype)
-    loss_func = S2SDLoss(
-        loss, miner, embedder=embedder, head_dims=DIMS, feature_delay=1, weight=1.0
-    ).to(dtype)
-    optimizer = torch.optim.SGD([*trunk.parameters(), *embedder.parameters()], lr=0.01)
-    loss_func.add_to(optimizer)
-    watched = dict(loss_func.named_parameters())
-    before = {n: p.detach().clone() for n, p in watched.items()}
-    labels = torch.arange(CLASSES).repeat_interleave(BATCH // CLASSES)
-    for _ in range(steps):
-        x = torch.randn(BATCH, 5, dtype=dtype)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            embeddings = embedder(trunk(x))
-            args, kwargs = (labels,), {}
-            if name in ("SelfSupervisedLoss", "VICRegLoss"):
-                args, kwargs = (), {"ref_emb": embedder(trunk(x + 0.1 * torch.randn_like(x)))}
-            elif name == "ManifoldLoss":
-                args = ()
-            if given:
-                kwargs["indices_tuple"] = miners.BatchHardMiner()(embeddings.float(), labels)
-            loss = loss_func(embeddings, *args, **kwargs)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        assert torch.isfinite(loss)
-    assert (loss_func.components["feature_distill"] > 0) == (steps > 1)
-    assert all(torch.isfinite(p).all() for p in loss_func.parameters())
-    assert {p.dtype for p in loss_func.parameters()} == {dtype}
-    still = {n for n, p in watched.items() if torch.equal(p, before[n])}
-    if name == "VICRegLoss":  # does not see a shift of all embeddings
-        still = {n for n in still if not n.endswith("output.bias")}
-    assert not still
-    assert all(watched[n] is p for n, p in loss_func.named_parameters())
-    return loss_func
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("how", ["float32", "float64", "bfloat16_autocast", "collect_stats"])
+def test_every_loss_trains(name, how, monkeypatch):
+    monkeypatch.setattr(c_f, "COLLECT_STATS", how == "collect_stats")
+    dtype = torch.float64 if how == "float64" else torch.float32
+    loss_func = train(make_loss(name), dtype=dtype, autocast=how == "bfloat16_autocast")
+    kept = dict(stats(loss_func))
+    assert (kept.get(".base_loss") == loss_func.components["base"]) == (how == "collect_stats")
 
 
-@pytest.mark.parametrize("name", cases(loss_names()))
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16_autocast"])
-def test_every_loss_trains(name, autocast):
-    train(make_loss(name), autocast=autocast)
-
-
-@pytest.mark.parametrize("name", cases(loss_names()))
-def test_every_loss_trains_in_float64(name):
-    train(make_loss(name), dtype=torch.float64)
-
-
-@pytest.mark.parametrize("name", cases(sorted(set(loss_names()) - NO_INDICES_TUPLE)))
-@pytest.mark.parametrize("how", ["miner", "indices_tuple"])
+@pytest.mark.parametrize("name", TAKE_PAIRS)
+@pytest.mark.parametrize("how", ["its usual miner", "pairs from outside", "both"])
 def test_every_loss_that_takes_pairs_trains_with_mined_ones(name, how):
-    if how == "miner":
-        train(make_loss(name), miners.MultiSimilarityMiner(epsilon=0.5))
-    else:
-        train(make_loss(name), given=True)
+    miner = make_miner(USUAL_MINER.get(name, "MultiSimilarityMiner"))
+    train(make_loss(name), None if how == "pairs from outside" else miner, given="outside" in how)
+    if how == "both":
+        train(make_loss(name), miner, given=True)
+
+
+@pytest.mark.parametrize("name", TAKE_REFERENCES)
+@pytest.mark.parametrize("features", ["explicit", "captured"])
+def test_every_loss_that_compares_with_ref_emb_trains(name, features):
+    train(make_loss(name), ref=features)
+    if name in TAKE_PAIRS:
+        train(make_loss(name), make_miner("MultiSimilarityMiner"), ref=features)
 
 
 @pytest.mark.parametrize("name", miner_names())
 def test_every_miner_mines_in_each_branch(name):
     if name == "EmbeddingsAlreadyPackagedAsTriplets":
         assert BATCH % 3 == 0
-    loss = losses.TripletMarginLoss(margin=0.5)
-    loss_func = train(loss, make_miner(name))
+    loss_func = train(losses.TripletMarginLoss(margin=0.5), make_miner(name))
     own = [loss_func.miner, *(b.miner for b in loss_func.branches.values())]
     assert len({id(m) for m in own}) == 1 + len(DIMS)
 
 
-def test_cross_batch_memory_fills_once_a_step_in_every_branch():
-    loss_func = train(make_loss("CrossBatchMemory"), steps=1)
-    memories = [loss_func.loss, *(b.loss for b in loss_func.branches.values())]
-    assert [m.embedding_memory.shape[1] for m in memories] == [SIZE, *DIMS]
-    assert [m.queue_idx for m in memories] == [BATCH] * 3
-
-
-@pytest.mark.parametrize("as_dict", [False, True])
-def test_multiple_losses_with_miners_of_their_own(as_dict):
-    parts = [losses.TripletMarginLoss(), losses.ProxyAnchorLoss(CLASSES, SIZE)]
-    mined = [miners.BatchHardMiner(), None]
-    if as_dict:
-        loss = losses.MultipleLosses(
-            dict(zip("ab", parts, strict=True)), {"a": mined[0]}, {"a": 1, "b": 2}
+def test_triplets_that_are_not_packaged_are_refused():
+    miner = make_miner("EmbeddingsAlreadyPackagedAsTriplets")
+    with pytest.raises(S2SDError, match="with EmbeddingsAlreadyPackagedAsTriplets refused"):
+        S2SDLoss(losses.TripletMarginLoss(), miner, feature_dim=FEATURES, head_dims=DIMS)(
+            torch.randn(20, SIZE), torch.arange(20) // 2, features=torch.randn(20, FEATURES)
         )
-    else:
-        loss = losses.MultipleLosses([parts[0], parts[1]], [mined[0], miners.HDCMiner()])
-    train(loss)
+
+
+@pytest.mark.parametrize("name", sorted(NO_INDICES_TUPLE - {"ManifoldLoss"}))
+def test_pairs_are_refused_by_losses_that_take_none(name):
+    args, others = (labels(),), {}
+    if name in ("SelfSupervisedLoss", "VICRegLoss"):
+        args, others = (), {"ref_emb": torch.randn(BATCH, SIZE)}
+    error = TypeError if name == "SelfSupervisedLoss" else ValueError
+    given = hardest(torch.randn(BATCH, SIZE))
+    refused(make_loss(name), None, error, "indices_tuple", args=args, indices_tuple=given, **others)
+    with pytest.raises(ArgumentError, match="takes no pairs or triplets.*Leave the miner out"):
+        S2SDLoss(make_loss(name), miners.BatchHardMiner(), feature_dim=FEATURES)
+
+
+@pytest.mark.parametrize("name", sorted(set(LOSSES) & NO_REF_EMB))
+def test_ref_emb_is_refused_by_losses_that_take_none(name):
+    references = {"ref_emb": torch.randn(8, SIZE), "ref_labels": torch.arange(8) // 2}
+    without = name in ("CrossBatchMemory", "MultipleLosses")
+    args = () if name == "ManifoldLoss" else (labels(),)
+    refused(
+        make_loss(name),
+        None,
+        TypeError if without else ValueError,
+        "ref_emb",
+        args=args,
+        **references,
+    )
+
+
+@pytest.mark.parametrize("name", ["ManifoldLoss", "VICRegLoss"])
+def test_labels_are_refused_by_losses_that_take_none(name):
+    refused(make_loss(name), None, ValueError, "not supported")
+
+
+@pytest.mark.parametrize("name", ["TripletMarginLoss", "ArcFaceLoss", "InstanceLoss"])
+def test_missing_labels_are_refused(name):
+    refused(make_loss(name), None, ValueError, "labels", args=())
+
+
+def test_manifold_takes_meta_classes_as_indices_tuple():
+    loss_func = train(make_loss("ManifoldLoss"))
+    embeddings = torch.randn(BATCH, SIZE)
+    classes = torch.arange(BATCH) % loss_func.loss.K
+    loss_func(embeddings, indices_tuple=classes, features=torch.randn(BATCH, FEATURES))
+    expected = loss_func.loss(embeddings, indices_tuple=classes)
+    assert torch.equal(loss_func.components["base"], expected.reshape(()))
+
+
+def test_vicreg_without_ref_emb_compares_with_itself():
+    loss_func = S2SDLoss(losses.VICRegLoss(), feature_dim=FEATURES, head_dims=DIMS)
+    embeddings = torch.randn(BATCH, SIZE, requires_grad=True)
+    loss_func(embeddings, features=torch.randn(BATCH, FEATURES)).backward()
+    assert torch.equal(loss_func.components["base"], losses.VICRegLoss()(embeddings))
+
+
+def test_margin_loss_with_a_learnable_beta_for_each_class():
+    loss = losses.MarginLoss(learn_beta=True, num_classes=CLASSES, nu=0.1)
+    loss_func = train(loss, make_miner("DistanceWeightedMiner"))
+    assert len({id(b.loss.beta) for b in loss_func.branches.values()} | {id(loss.beta)}) == 3
+
+
+def test_generic_pair_loss_is_abstract():
+    loss = losses.GenericPairLoss(mat_based_loss=True)
+    refused(loss, None, TypeError, "_compute_loss")
+
+
+def test_dynamic_soft_margin_keeps_its_graph_between_calls():
+    """PML issue 731: its histogram is part of the graph of every call before."""
+
+    def two_steps(loss, **features):
+        embedder = nn.Linear(FEATURES, SIZE)
+        for _ in range(2):
+            loss(embedder(torch.randn(BATCH, FEATURES)), labels(), **features).backward()
+
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        two_steps(losses.DynamicSoftMarginLoss())
+    loss_func = S2SDLoss(losses.DynamicSoftMarginLoss(), feature_dim=FEATURES, head_dims=DIMS)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        two_steps(loss_func, features=torch.randn(BATCH, FEATURES))
+
+
+def test_threshold_consistent_margin_ignores_ref_emb():
+    """PML reads the rows of ``ref_emb`` from ``embeddings``."""
+    loss, embeddings = losses.ThresholdConsistentMarginLoss(), torch.randn(BATCH, SIZE)
+    values = [
+        loss(embeddings, labels(), ref_emb=torch.randn(BATCH, SIZE), ref_labels=labels())
+        for _ in range(2)
+    ]
+    assert values[0] == values[1]
+
+
+@pytest.mark.skipif(not hasattr(losses, "SmoothAPLoss"), reason="came with PML 2.9")
+def test_smooth_ap_wants_labels_in_blocks():
+    """PML reads the positives by position: mixing the rows changes its value."""
+    loss, embeddings, mixed = losses.SmoothAPLoss(), torch.randn(BATCH, SIZE), torch.randperm(BATCH)
+    assert loss(embeddings, labels()) != pytest.approx(
+        loss(embeddings[mixed], labels()[mixed]).item(), rel=1e-3
+    )

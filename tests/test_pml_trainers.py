@@ -1,66 +1,115 @@
-"""PML's own trainer, unchanged but for the loss and its optimizer."""
+"""Every trainer of pytorch-metric-learning, unchanged but for the loss and its optimizer."""
 
 import pytest
 import torch
-from helpers import F_DIM
-from pytorch_metric_learning import losses, miners, samplers, trainers
+from pml_trainers import ITERATIONS, TRAINERS, make_trainer
 from pytorch_metric_learning.utils import common_functions as c_f
-from torch import nn
-from torch.utils.data import TensorDataset
 
-from s2sd_pml import S2SDLoss
 from s2sd_pml.errors import OptimizerWarning
 
-
-def make(kind, with_optimizer=True):
-    trunk, embedder = nn.Sequential(nn.Linear(6, F_DIM), nn.ReLU()), nn.Linear(F_DIM, 4)
-    if kind == "data_parallel":
-        trunk, embedder = nn.DataParallel(trunk), nn.DataParallel(embedder)
-    loss_func = S2SDLoss(
-        losses.MultiSimilarityLoss(),
-        miners.MultiSimilarityMiner(),
-        embedder=embedder,
-        head_dims=(8, 16),
-        feature_delay=2,
-    )
-    models = {"trunk": trunk, "embedder": embedder}
-    if kind == "no_embedder_key":
-        models = {"trunk": nn.Sequential(trunk, embedder)}
-    optimizers = {f"{n}_optimizer": torch.optim.Adam(m.parameters()) for n, m in models.items()}
-    if with_optimizer:
-        optimizers["metric_loss_optimizer"] = torch.optim.Adam(loss_func.parameters())
-    labels = torch.arange(10).repeat_interleave(8)
-    trainer = trainers.MetricLossOnly(
-        models,
-        optimizers,
-        batch_size=20,
-        loss_funcs={"metric_loss": loss_func},
-        mining_funcs={"tuple_miner": miners.BatchHardMiner()},
-        dataset=TensorDataset(torch.randn(80, 6), labels),
-        sampler=samplers.MPerClassSampler(labels, 4, 20, 80),
-        dataloader_num_workers=0,
-        iterations_per_epoch=4,
-        freeze_these=("trunk",) if kind == "frozen_trunk" else (),
-    )
-    return trainer, loss_func
+pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor")
+SUBSETS = ["MetricLossOnly", "TrainWithClassifier"]
+KINDS = {
+    "usual": {},
+    "no embedder key": {"embedder_key": False},
+    "data parallel": {"parallel": True},
+    "frozen trunk": {"freeze_these": ("trunk",)},
+    "frozen embedder": {"freeze_these": ("embedder",)},
+}
 
 
-@pytest.mark.parametrize("kind", ["usual", "no_embedder_key", "data_parallel", "frozen_trunk"])
-@pytest.mark.filterwarnings("ignore:Converting a tensor")
-def test_metric_loss_only_trains_the_heads(kind, tmp_path):
-    trainer, loss_func = make(kind)
-    before = [p.detach().clone() for p in loss_func.parameters()]
+def values(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def moved(module, before):
+    return [not torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True)]
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_trainer_trains_the_heads(name, kind):
+    trainer, ours = make_trainer(name, **KINDS[kind])
+    modules = {**ours, **trainer.models}
+    before = {n: values(m) for n, m in modules.items()}
     trainer.train(num_epochs=2)
-    assert int(loss_func.step) == 8
-    assert loss_func.components["feature_distill"] > 0
-    assert all(not torch.equal(p, q) for p, q in zip(before, loss_func.parameters(), strict=True))
-    c_f.save_dict_of_models({"metric_loss": loss_func}, 1, str(tmp_path))
-    _, fresh = make(kind)
-    c_f.load_dict_of_models({"metric_loss": fresh}, 1, str(tmp_path), "cpu")
-    assert int(fresh.step) == 8
+    still = KINDS[kind].get("freeze_these", ())
+    if name == "StepsTheLosses":  # PML: this trainer steps what freeze_these names
+        still = ()
+    for n, module in modules.items():
+        assert all(moved(module, before[n])) == (n not in still), n
+    for loss_func in ours.values():
+        assert int(loss_func.step) == 2 * ITERATIONS
+        assert loss_func.components["distill"] > 0
+        assert loss_func.components["feature_distill"] > 0
 
 
-def test_a_missing_metric_loss_optimizer_is_told():
-    trainer, _ = make("usual", with_optimizer=False)
+@pytest.mark.parametrize("name", SUBSETS)
+def test_a_subset_batch_miner_chooses_the_samples(name):
+    trainer, ours = make_trainer(name, subset=True)
+    before = values(ours["metric_loss"])
+    trainer.train()
+    assert all(moved(ours["metric_loss"], before))
+    assert int(ours["metric_loss"].step) == ITERATIONS  # its extra forward is no step
+
+
+@pytest.mark.parametrize("name", sorted(set(TRAINERS) - set(SUBSETS) - {"StepsTheLosses"}))
+def test_pml_takes_no_subset_batch_miner_in_other_trainers(name):
+    with pytest.raises(AssertionError, match="mining_funcs keys must be one of"):
+        make_trainer(name, subset=True)
+
+
+@pytest.mark.parametrize("name", ["MetricLossOnly", "TwoStreamMetricLoss"])
+def test_a_frozen_metric_loss_is_in_eval_and_distils_nothing(name):
+    trainer, ours = make_trainer(name, freeze_these=("metric_loss",))
+    before, trunk = values(ours["metric_loss"]), values(trainer.models["trunk"])
+    trainer.train(num_epochs=2)
+    assert not any(moved(ours["metric_loss"], before))
+    assert all(moved(trainer.models["trunk"], trunk))
+    assert int(ours["metric_loss"].step) == 0
+    assert ours["metric_loss"].components["distill"] == 0
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_missing_optimizer_of_the_loss_is_told(name):
+    trainer, _ = make_trainer(name, loss_optimizer=False)
     with pytest.warns(OptimizerWarning, match="metric_loss_optimizer"):
         trainer.train(num_epochs=2)
+
+
+def test_deep_adversarial_metric_learning_never_steps_the_loss():
+    """PML's trainer knows the optimizers of its models only; the warning comes."""
+    trainer, ours = make_trainer("DeepAdversarialMetricLearning")
+    before = values(ours["metric_loss"])
+    with pytest.warns(OptimizerWarning, match="metric_loss_optimizer"):
+        trainer.train(num_epochs=2)
+    assert not any(moved(ours["metric_loss"], before))
+
+
+def test_deep_adversarial_metric_learning_steps_heads_beside_the_embedder():
+    trainer, ours = make_trainer("DeepAdversarialMetricLearning", loss_optimizer=False)
+    for loss_func in ours.values():
+        loss_func.add_to(trainer.optimizers["embedder_optimizer"])
+    before = values(ours["metric_loss"])
+    trainer.train(num_epochs=2)
+    assert all(moved(ours["metric_loss"], before))
+
+
+def test_deep_adversarial_metric_learning_in_its_phases():
+    """The metric loss is not called while the generator trains alone."""
+    trainer, ours = make_trainer("StepsTheLosses", metric_alone_epochs=1, g_alone_epochs=1)
+    steps, loss_func = [], ours["metric_loss"]
+    trainer.end_of_epoch_hook = lambda _: steps.append(int(loss_func.step))
+    trainer.train(num_epochs=3)
+    assert steps == [ITERATIONS, ITERATIONS, 2 * ITERATIONS]
+
+
+def test_a_trainer_saves_what_a_fresh_one_loads(tmp_path):
+    trainer, ours = make_trainer("MetricLossOnly", parallel=True)
+    trainer.train()
+    c_f.save_dict_of_models(trainer.loss_funcs, 1, str(tmp_path))
+    fresh, others = make_trainer("MetricLossOnly")
+    c_f.load_dict_of_models(fresh.loss_funcs, 1, str(tmp_path), "cpu")
+    for a, b in zip(values(ours["metric_loss"]), values(others["metric_loss"]), strict=True):
+        assert torch.equal(a, b)
+    assert int(others["metric_loss"].step) == ITERATIONS

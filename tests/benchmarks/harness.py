@@ -112,12 +112,18 @@ def backward(value: Tensor, *leaves: Tensor) -> None:
 def finish(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Print the rows as a Markdown table, and save them if asked."""
     names = list(rows[0])
-    cells = [[f"{row[n]:.3g}" if isinstance(row[n], float) else str(row[n]) for n in names] for row in rows]
+    cells = [
+        [f"{row[n]:.3g}" if isinstance(row[n], float) else str(row[n]) for n in names]
+        for row in rows
+    ]
     print("\n| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
     print("\n".join("| " + " | ".join(row) + " |" for row in cells))
     if args.save:
-        command = "python " + " ".join([f"tests/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        command = "python " + " ".join(
+            [f"tests/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+        )
         args.save.parent.mkdir(parents=True, exist_ok=True)
         args.save.write_text(
-            json.dumps({"command": command, "machine": machine(args), "rows": rows}, indent=1) + "\n"
+            json.dumps({"command": command, "machine": machine(args), "rows": rows}, indent=1)
+            + "\n"
         )

@@ -1,0 +1,124 @@
+"""Losses of pytorch-metric-learning that hold other losses, inside S2SDLoss."""
+
+import pytest
+import torch
+from pml import CLASSES, SIZE, make_miner
+from pml_training import BATCH, DIMS, FEATURES, hardest, labels, train
+from pytorch_metric_learning import losses, miners
+from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+
+from s2sd_pml import S2SDLoss
+from s2sd_pml.errors import ArgumentError, BatchError, S2SDError, UnsupportedLossError
+
+MATRIX = {"CircleLoss", "GeneralizedLiftedStructureLoss", "MultiSimilarityLoss", "SupConLoss"}
+
+
+@pytest.mark.parametrize("name", losses.SelfSupervisedLoss.supported_losses())
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_self_supervised_around_every_loss_that_it_supports(name, symmetric):
+    loss = losses.SelfSupervisedLoss(getattr(losses, name)(), symmetric=symmetric)
+    train(loss, ref="explicit" if symmetric else "captured")
+
+
+def test_self_supervised_is_called_as_before():
+    loss = losses.SelfSupervisedLoss(losses.NTXentLoss())
+    loss_func = S2SDLoss(loss, feature_dim=FEATURES, head_dims=DIMS)
+    z, view = torch.randn(2, BATCH, SIZE)
+    φ, φ_view = torch.randn(2, BATCH, FEATURES)
+    loss_func(z, view, features=φ, ref_features=φ_view)
+    assert torch.equal(loss_func.components["base"], loss(z, view))
+    with pytest.raises(S2SDError, match="SelfSupervisedLoss takes no labels"):
+        loss_func(z, labels(), ref_emb=view, features=φ, ref_features=φ_view)
+
+
+@pytest.mark.parametrize("name", losses.CrossBatchMemory.supported_losses())
+@pytest.mark.parametrize("mined", ["no", "inside", "outside"])
+def test_cross_batch_memory_around_every_loss_that_it_supports(name, mined):
+    inner = getattr(losses, name)()
+    miner = make_miner("MultiSimilarityMiner") if mined == "inside" else None
+    loss = losses.CrossBatchMemory(inner, SIZE, memory_size=BATCH + 20, miner=miner)
+    loss_func = train(
+        loss, given=mined == "outside", steps=1 if mined == "outside" and name in MATRIX else 3
+    )
+    memories = [loss_func.loss, *(b.loss for b in loss_func.branches.values())]
+    assert [m.embedding_memory.shape[1] for m in memories] == [SIZE, *DIMS]
+    assert len({m.queue_idx for m in memories}) == 1
+
+
+@pytest.mark.skipif(
+    not hasattr(losses.GenericPairLoss, "_assert_either_pos_or_neg"), reason="came with PML 2.9"
+)
+@pytest.mark.parametrize("name", sorted(MATRIX))
+def test_cross_batch_memory_around_a_matrix_loss_fails_on_pairs_from_outside(name):
+    """PML takes their row numbers for places in the memory, where other rows are by then."""
+    given, mixed = hardest(torch.randn(BATCH, SIZE)), torch.randperm(BATCH)
+
+    def filled():
+        loss = losses.CrossBatchMemory(getattr(losses, name)(), SIZE, memory_size=4 * BATCH)
+        loss(torch.randn(BATCH, SIZE), labels()[mixed])
+        return loss
+
+    with pytest.raises(AssertionError, match="positive or negative"):
+        filled()(torch.randn(BATCH, SIZE), labels(), given)
+    loss_func = S2SDLoss(filled(), feature_dim=FEATURES, head_dims=DIMS)
+    with pytest.raises(BatchError, match="CrossBatchMemory refused.*positive or negative"):
+        loss_func(torch.randn(BATCH, SIZE), labels(), given, features=torch.randn(BATCH, FEATURES))
+
+
+def test_cross_batch_memory_compares_pairs_from_outside_with_the_wrong_rows():
+    """The same fault around a pair loss, without S2SD: nothing is raised."""
+    loss = losses.CrossBatchMemory(losses.ContrastiveLoss(), SIZE, memory_size=4 * BATCH)
+    called = []
+    loss.loss.register_forward_pre_hook(lambda _, args: called.append(args))
+    given, mixed = hardest(torch.randn(BATCH, SIZE)), torch.randperm(BATCH)
+    for batch_labels in (labels()[mixed], labels()):
+        loss(torch.randn(BATCH, SIZE), batch_labels, given)
+    _, batch_labels, (anchors, positives, *_), _, memory_labels = called[-1]
+    assert (batch_labels[anchors] != memory_labels[positives]).any()
+
+
+def test_an_enqueue_mask_is_refused():
+    loss_func = S2SDLoss(
+        losses.CrossBatchMemory(losses.NTXentLoss(), SIZE), feature_dim=FEATURES, head_dims=DIMS
+    )
+    mask = torch.arange(BATCH) < BATCH // 2
+    features = torch.randn(BATCH, FEATURES)
+    with pytest.raises(BatchError, match="CrossBatchMemory takes no ref_emb.*enqueue_mask"):
+        loss_func(torch.randn(BATCH, SIZE), labels(), None, mask, features=features)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("mined", ["no", "inside", "by S2SDLoss", "outside"])
+def test_multiple_losses(as_dict, mined):
+    parts = [losses.TripletMarginLoss(), losses.ProxyAnchorLoss(CLASSES, SIZE)]
+    own = [miners.BatchHardMiner(), None] if mined == "inside" else None
+    weights = [1, 0.5]
+    if as_dict:
+        parts, weights = dict(zip("ab", parts, strict=True)), {"a": 1, "b": 0.5}
+        own = own and {"a": own[0]}
+    elif own:
+        own[1] = miners.HDCMiner()  # a list takes no gaps
+    miner = miners.BatchHardMiner() if mined == "by S2SDLoss" else None
+    train(losses.MultipleLosses(parts, own, weights), miner, given=mined == "outside")
+
+
+def test_multiple_losses_with_miners_take_no_others():
+    loss = losses.MultipleLosses([losses.TripletMarginLoss()], [miners.BatchHardMiner()])
+    given = hardest(torch.randn(BATCH, SIZE))
+    with pytest.raises(AssertionError):  # without words
+        loss(torch.randn(BATCH, SIZE), labels(), given)
+    loss_func = S2SDLoss(loss, feature_dim=FEATURES, head_dims=DIMS)
+    with pytest.raises(BatchError, match="MultipleLosses refused.*an assertion failed"):
+        loss_func(torch.randn(BATCH, SIZE), labels(), given, features=torch.randn(BATCH, FEATURES))
+    with pytest.raises(ArgumentError, match="has miners of its own.*Leave the miner out"):
+        S2SDLoss(loss, miners.BatchHardMiner(), feature_dim=FEATURES)
+
+
+def test_wrappers_in_wrappers():
+    inner = losses.CrossBatchMemory(losses.NTXentLoss(), SIZE, memory_size=2 * BATCH)
+    train(losses.MultipleLosses([inner, losses.SoftTripleLoss(CLASSES, SIZE)]))
+
+
+def test_a_distributed_loss_wrapper_is_refused():
+    with pytest.raises(UnsupportedLossError, match="Pass the NTXentLoss.*gather_distributed=True"):
+        S2SDLoss(DistributedLossWrapper(losses.NTXentLoss()), feature_dim=FEATURES)
