@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import D, Model, images, labels
+from helpers import F_DIM, D, Model, images, labels
 from pytorch_metric_learning import losses, miners
 from torch.nn.parallel import DistributedDataParallel
 
 from s2sd_pml import S2SDLoss
-from s2sd_pml.errors import DistributedError
+from s2sd_pml.errors import DistributedError, S2SDError
 
 CASES = {
     "pairs": lambda: (losses.ContrastiveLoss(), None),
@@ -26,6 +26,13 @@ CASES = {
     "proxies": lambda: (losses.ProxyAnchorLoss(6, D), None),
     "memory": lambda: (losses.CrossBatchMemory(losses.NTXentLoss(), D, 64), None),
 }
+
+
+class MeanOfProducts(torch.nn.Module):
+    """A loss of one's own, without labels or parameters."""
+
+    def forward(self, embeddings):
+        return (embeddings @ embeddings.T).mean()
 
 
 def build(case, **kwargs):
@@ -157,6 +164,53 @@ def refuse_rank(rank):
     loss_func.eval()
     assert torch.equal(loss_func(embeddings, y), loss_func.loss(embeddings, y))
     return {}
+
+
+def disagree_rank(rank):
+    """Whatever goes wrong on one rank ends the call on both, with no rank left waiting."""
+    model, loss_func = build("multi_similarity", gather_distributed=True)
+    embeddings, y = model(images(8)), labels(8)
+    mine = rank == 1
+
+    def call(words_here, words_there, *args, **kwargs):
+        with pytest.raises(S2SDError, match=words_here if mine else words_there):
+            loss_func(*args, **kwargs)
+
+    other = "rank 1 of 2 refused its own"
+    call("labels have shape", other, embeddings, y[: 7 if mine else 8])
+    call("no autograd graph", other, embeddings.detach() if mine else embeddings, y)
+    call("drop_last", other, embeddings[: 0 if mine else 8], y[: 0 if mine else 8])
+    call("must be a floating point tensor", other, "nothing" if mine else embeddings, y)
+    features = torch.randn(8, F_DIM)
+    call("whether labels", "whether labels", embeddings, None if mine else y, features=features)
+    wide = torch.randn(8, D + rank)
+    call(f"embedding size: .{D}, {D + 1}.", "embedding size", wide, y, features=features)
+    loss_func.step += rank
+    call("training step: .0, 1.", "training step: .0, 1.", embeddings, y)
+    loss_func.step -= rank
+    loss_func(embeddings, y).backward()
+    return {}
+
+
+def test_what_one_rank_refuses_all_refuse_and_none_hangs():
+    on_ranks(disagree_rank, 2)
+
+
+def unlabelled_rank(rank, *, count):
+    torch.manual_seed(5)
+    model = Model()
+    loss_func = S2SDLoss(
+        MeanOfProducts(), embedder=model.embedder, head_dims=(8,), gather_distributed=True
+    )
+    own = slice(rank * 6, rank * 6 + 6) if count > 1 else slice(0, 12)
+    value = loss_func(model(images(12))[own])
+    return {"value": value.detach()}
+
+
+def test_a_loss_without_labels_and_a_world_of_one_rank():
+    (one,) = on_ranks(functools.partial(unlabelled_rank, count=1), 1)
+    for rank in on_ranks(functools.partial(unlabelled_rank, count=2), 2):
+        assert rank["value"] == pytest.approx(one["value"], rel=1e-5)
 
 
 def test_local_indices_and_references_are_refused_over_ranks():
