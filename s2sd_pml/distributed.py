@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .errors import DistributedError
 
@@ -105,12 +105,28 @@ def _all_gather(x: Tensor, world_size: int) -> list[Tensor]:
     return every
 
 
+class _AllGather(torch.autograd.Function):
+    """all_gather; its gradient brings together what every rank has for each one's part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, world_size: int) -> tuple[Tensor, ...]:
+        return tuple(_all_gather(x, world_size))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        every = torch.stack(grads)
+        if dist.get_backend() == "nccl":
+            own = torch.empty_like(every[0])
+            dist.reduce_scatter_tensor(own, every)
+            return own, None
+        dist.all_reduce(every)  # gloo scatters no sums
+        return every[dist.get_rank()], None
+
+
 def _gather_rows(x: Tensor, sizes: list[int]) -> Tensor:
     largest = max(sizes)
     if len(x) < largest:  # collectives want equal shapes
         x = torch.cat([x, x.new_zeros(largest - len(x), *x.shape[1:])])
-    if x.requires_grad:
-        every = dist_nn.all_gather(x.contiguous())  # type: ignore[no-untyped-call]
-    else:
-        every = _all_gather(x.contiguous(), len(sizes))
+    every = _AllGather.apply(x.contiguous(), len(sizes))  # type: ignore[no-untyped-call]
     return torch.cat([part[:n] for part, n in zip(every, sizes, strict=True)])

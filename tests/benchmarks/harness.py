@@ -27,7 +27,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--device", default="cpu")
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--repeats", type=int, default=15)
-    made.add_argument("--save", type=Path, metavar="FILE", help="write the results as JSON, too")
+    made.add_argument("--save", type=Path, metavar="FILE", help="write FILE.json and FILE.md, too")
     return made
 
 
@@ -110,20 +110,24 @@ def backward(value: Tensor, *leaves: Tensor) -> None:
 
 
 def finish(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print the rows as a Markdown table, and save them if asked."""
+    """Print the rows as a Markdown table; save them as JSON and Markdown if asked."""
     names = list(rows[0])
-    cells = [
-        [f"{row[n]:.3g}" if isinstance(row[n], float) else str(row[n]) for n in names]
-        for row in rows
-    ]
-    print("\n| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
-    print("\n".join("| " + " | ".join(row) + " |" for row in cells))
+    cells = [[cell(row[name]) for name in names] for row in rows]
+    lines = [names, ["---"] * len(names), *cells]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    print(f"\n{table}")
     if args.save:
-        command = "python " + " ".join(
-            [f"tests/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
-        )
+        flags = [flag for flag in sys.argv[1:] if flag not in ("--save", str(args.save))]
+        command = " ".join([f"python tests/benchmarks/{Path(sys.argv[0]).name}", *flags])
+        on = ", ".join(f"{key} {value}" for key, value in machine(args).items())
         args.save.parent.mkdir(parents=True, exist_ok=True)
-        args.save.write_text(
-            json.dumps({"command": command, "machine": machine(args), "rows": rows}, indent=1)
-            + "\n"
-        )
+        saved = {"command": command, "machine": machine(args), "rows": rows}
+        args.save.with_suffix(".json").write_text(json.dumps(saved, indent=1) + "\n")
+        args.save.with_suffix(".md").write_text(f"`{command}`\n\n{table}\n\nOn {on}.\n")
+
+
+def cell(value: object) -> str:
+    """Three significant digits for what was measured."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
