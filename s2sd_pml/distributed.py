@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T", Tensor, Tensor | None)
 
@@ -52,6 +52,17 @@ class Gather:
         split = torch.split(rows, [part.shape[1] for part in parts.values()], dim=1)
         return dict(zip(parts, split, strict=True))
 
+    def touch(self, loss: Tensor, modules: Iterable[nn.Module]) -> Tensor:
+        """The loss, made to depend on every parameter, with gradient 0.
+
+        DistributedDataParallel waits for all gradients, and a batch without pairs gives a learnable
+        margin none.
+        """
+        if self.world_size == 1:
+            return loss
+        parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+        return loss + sum(p.sum() * 0 for p in parameters)
+
     def mean(self, total: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
         """Turn means over this rank's rows into means over all; the gradient stays this rank's."""
         if self.world_size == 1:
@@ -74,9 +85,25 @@ def _gather_rows(x: Tensor, sizes: list[int]) -> Tensor:
     largest = max(sizes)
     if len(x) < largest:  # collectives want equal shapes
         x = torch.cat([x, x.new_zeros(largest - len(x), *x.shape[1:])])
-    if x.requires_grad:
-        every = dist_nn.all_gather(x.contiguous())  # type: ignore[no-untyped-call]
-    else:
-        every = [torch.empty_like(x) for _ in sizes]
-        dist.all_gather(every, x.contiguous())
+    every: Tensor = _AllGather.apply(x, len(sizes))  # type: ignore[no-untyped-call]
     return torch.cat([part[:n] for part, n in zip(every, sizes, strict=True)])
+
+
+class _AllGather(torch.autograd.Function):
+    """(B, ...) -> (world size, B, ...). Backward adds up what all ranks want of this one's rows.
+
+    torch.distributed.nn has the same, deprecated.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, world_size: int) -> Tensor:
+        x = x.contiguous()
+        every = [torch.empty_like(x) for _ in range(world_size)]
+        dist.all_gather(every, x)
+        return torch.stack(every)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[dist.get_rank()], None
