@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.utils import common_functions
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 PATH = Path(__file__).parent / "data" / "icons400.npz"
 TRAIN_CLASSES = 200
@@ -57,18 +56,30 @@ def split(icons: Icons, validation: bool = False) -> tuple[Icons, Icons]:
     return icons.classes(0, TRAIN_CLASSES), icons.classes(TRAIN_CLASSES, len(icons.names))
 
 
-def batches(icons: Icons, batch_size: int, per_class: int, steps: int, seed: int) -> DataLoader:
-    """A loader of ``steps`` batches an epoch, ``per_class`` images of each class in a batch.
+class Batches:
+    """Batches without end, ``per_class`` images of each class in one; an epoch has ``steps``.
 
-    It draws from generators of its own: what a loss draws does not change the batches.
+    It draws from a generator of its own: what a loss draws does not change the batches.
     """
-    common_functions.NUMPY_RANDOM = np.random.RandomState(seed)  # what PML's samplers draw from
-    return DataLoader(
-        TensorDataset(icons.images, icons.labels),
-        batch_size=batch_size,
-        sampler=MPerClassSampler(icons.labels, per_class, batch_size, batch_size * steps),
-        generator=torch.Generator().manual_seed(seed),
-    )
+
+    def __init__(
+        self, icons: Icons, batch_size: int, per_class: int, steps: int, seed: int
+    ) -> None:
+        self.icons = icons
+        self.batch_size = batch_size
+        self.sampler = MPerClassSampler(icons.labels, per_class, batch_size, batch_size * steps)
+        self.random = np.random.RandomState(seed)
+        self.left: list[int] = []  # rows of this epoch's batches to come
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        if not self.left:
+            common_functions.NUMPY_RANDOM = self.random  # what PML's samplers draw from
+            self.left = list(self.sampler)
+        rows, self.left = self.left[: self.batch_size], self.left[self.batch_size :]
+        return self.icons.images[rows], self.icons.labels[rows]
 
 
 class RandomAffine:

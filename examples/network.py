@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from ranks import BatchNorm2d
 from torch import Tensor, nn
 
 
@@ -11,7 +12,7 @@ def block(inputs: int, outputs: int, *, pool: bool = True) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False),
         nn.MaxPool2d(2) if pool else nn.Identity(),
-        nn.BatchNorm2d(outputs),
+        BatchNorm2d(outputs),
         nn.ReLU(),
     )
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import ranks
 import torch
 
 DIMS = (256, 512)
@@ -18,6 +20,8 @@ The paper's settings (ResNet50 on CUB200-2011 and Cars196, 150 epochs) are
 The defaults above are for a network of 0.1 million parameters, trained for half a minute. The
 schedule and the weights were chosen on classes held out from training, as --validation does; the
 other settings are first choices. Results repeat exactly at the same number of --threads only.
+
+torchrun --nproc_per_node=2 examples/train.py does the same on two processes, with the same flags.
 """
 
 
@@ -39,9 +43,22 @@ def positive(text: str) -> int:
     return int(text)
 
 
+class Parser(argparse.ArgumentParser):
+    """Rank 0 speaks for all."""
+
+    def print_help(self, file: Any = None) -> None:
+        if ranks.rank() == 0:
+            super().print_help(file)
+
+    def error(self, message: str) -> NoReturn:
+        if ranks.rank():  # rank 0 has the same flags: it tells, and torchrun ends the others
+            time.sleep(10)
+        super().error(message)
+
+
 def parser() -> argparse.ArgumentParser:
     """All flags, with the defaults of the demonstration."""
-    main = argparse.ArgumentParser(
+    main = Parser(
         description="Train a base loss and S2SD on icons-400 with the same seed and budget, and "
         "compare them on unseen classes.",
         epilog=EPILOG,
@@ -100,7 +117,12 @@ def parser() -> argparse.ArgumentParser:
     add = group("training, the same for both runs")
     add("--epochs", type=positive, default=20, help="default: %(default)s")
     add("--steps-per-epoch", type=positive, default=50, help="default: %(default)s")
-    add("--batch-size", type=positive, default=128, help="default: %(default)s, paper: 112")
+    add(
+        "--batch-size",
+        type=positive,
+        default=128,
+        help="of all processes together; default: %(default)s, paper: 112",
+    )
     add(
         "--per-class",
         type=positive,

@@ -32,8 +32,15 @@ class Run:
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0  # of training, without evaluation
+    recorded: list[dict[str, float]] = field(default_factory=list)  # at each step of this epoch
     history: list[tuple[str, int, int, str, float, float]] = field(default_factory=list)
     scores: Scores = field(default_factory=dict)  # after training: the model's and each head's
+
+    def end_epoch(self) -> None:
+        """Record the means over the epoch's steps."""
+        self.epoch += 1
+        self.record(mean(self.recorded))
+        self.recorded = []
 
     def record(self, values: dict[str, float], name: str = "") -> None:
         """Add a row for every value; ``name`` is the run's own or that of a head."""
@@ -48,8 +55,8 @@ class Run:
 
 
 def components(loss_func: nn.Module) -> dict[str, float]:
-    """The unweighted terms of an S2SDLoss; nothing for a plain loss."""
-    terms = getattr(loss_func, "components", {})
+    """The unweighted terms of an S2SDLoss with heads; nothing for a plain loss."""
+    terms = loss_func.components if getattr(loss_func, "head_dims", ()) else {}
     return {name: terms[name].item() for name in COMPONENTS if name in terms}
 
 

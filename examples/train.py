@@ -2,6 +2,7 @@
 
     python examples/train.py
     python examples/train.py --loss ProxyAnchorLoss --miner none --loss-lr 0.03
+    torchrun --nproc_per_node=2 examples/train.py
     python examples/train.py --help
 
 Writes metrics.csv, table.md, recall.png, retrieval.png and config.json to ``--output``.
@@ -17,6 +18,7 @@ from typing import Any
 import icons
 import options
 import plots
+import ranks
 import report
 import torch
 from by_name import make_loss, make_miner
@@ -32,10 +34,19 @@ from s2sd_pml.errors import S2SDError
 LossAndMiner = tuple[nn.Module, "nn.Module | None"]
 
 
-def base_loss(args: argparse.Namespace, model: Network, num_classes: int) -> LossAndMiner:
+def pml_loss(args: argparse.Namespace, num_classes: int) -> LossAndMiner:
     """The plain PML loss, and the miner that goes with it."""
     loss_func = make_loss(args.loss, args.loss_args, num_classes, args.embedding_size)
     return loss_func, make_miner(args.miner, args.miner_args)
+
+
+def base_loss(args: argparse.Namespace, model: Network, num_classes: int) -> LossAndMiner:
+    """That loss as it is. Over several ranks S2SDLoss without S2SD brings the batch together."""
+    loss_func, miner = pml_loss(args, num_classes)
+    if ranks.world() == 1:
+        return loss_func, miner
+    whole = S2SDLoss(loss_func, miner, head_dims=(), feature_weight=0, gather_distributed=True)
+    return whole, None
 
 
 def s2sd_loss(args: argparse.Namespace, model: Network, num_classes: int) -> LossAndMiner:
@@ -45,7 +56,7 @@ def s2sd_loss(args: argparse.Namespace, model: Network, num_classes: int) -> Los
         features = {"trunk": model.trunk, "feature_dim": model.embedder.in_features}
     make = getattr(S2SDLoss, args.variant)
     loss_func = make(
-        *base_loss(args, model, num_classes),
+        *pml_loss(args, num_classes),
         **features,
         head_dims=args.dims,
         weight=args.weight,
@@ -53,6 +64,7 @@ def s2sd_loss(args: argparse.Namespace, model: Network, num_classes: int) -> Los
         feature_weight=args.feature_weight,
         feature_delay=args.feature_delay,
         exclude_self=args.exclude_self,
+        gather_distributed=ranks.world() > 1,
     )
     return loss_func, None
 
@@ -87,36 +99,42 @@ def train(
 ) -> Run:
     """One run. Seeds are set first: both runs have the same start, batches and augmentation."""
     torch.manual_seed(args.seed)
-    model = Network(args.embedding_size).to(args.device)
+    model = ranks.synchronised(Network(args.embedding_size).to(args.device))
     loss_func, miner = losses(args, model, len(seen.names))
     loss_func.to(args.device)
     optimizer = make_optimizer(args, model, loss_func)
-    loader = icons.batches(seen, args.batch_size, args.per_class, args.steps_per_epoch, args.seed)
-    schedule = make_schedule(args, optimizer, args.epochs * len(loader))
+    batches = icons.Batches(seen, args.batch_size, args.per_class, args.steps_per_epoch, args.seed)
+    total = args.epochs * args.steps_per_epoch
+    schedule = make_schedule(args, optimizer, total)
     augment = icons.RandomAffine(args.seed)
     run = Run(name, model, loss_func)
+    embed, objective = ranks.parallel(model), ranks.parallel(loss_func)
+    main_rank = ranks.rank() == 0
 
-    with tqdm(total=args.epochs * len(loader), desc=f"{name:4}", disable=args.quiet) as bar:
-        for run.epoch in range(1, args.epochs + 1):
-            start, recorded = time.perf_counter(), []
-            for images, labels in loader:
-                images, labels = augment(images.to(args.device)), labels.to(args.device)
-                embeddings = model(images)
-                pairs = miner(embeddings, labels) if miner else None
-                loss = loss_func(embeddings, labels, pairs)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                run.step += 1
-                recorded.append({"loss": loss.item(), **report.components(loss_func)})
-                bar.set_postfix({k: f"{v:.3g}" for k, v in recorded[-1].items()}, refresh=False)
-                bar.update()
+    with tqdm(total=total, desc=f"{name:4}", disable=args.quiet or not main_rank) as bar:
+        while run.step < total:
+            start = time.perf_counter()
+            images, labels = next(batches)  # the global batch, of which a rank takes its rows
+            images = ranks.own(augment(images.to(args.device)))
+            labels = ranks.own(labels).to(args.device)
+            embeddings = embed(images)
+            pairs = miner(embeddings, labels) if miner else None
+            loss = objective(embeddings, labels, pairs)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            run.step += 1
+            run.recorded.append({"loss": loss.item(), **report.components(loss_func)})
+            bar.set_postfix({k: f"{v:.3g}" for k, v in run.recorded[-1].items()}, refresh=False)
+            bar.update()
             run.seconds += time.perf_counter() - start
-            run.record(report.mean(recorded))
-            if run.epoch < args.epochs:
-                run.record(recall_at_k(apply(model, unseen.images), unseen.labels, ks=(1,)))
-    run.scores = final_scores(run, unseen)
+            if run.step % args.steps_per_epoch == 0:
+                run.end_epoch()
+                if run.step < total and main_rank:
+                    run.record(recall_at_k(apply(model, unseen.images), unseen.labels, ks=(1,)))
+    if main_rank:
+        run.scores = final_scores(run, unseen)
     for who, scores in run.scores.items():
         run.record(scores, who)
     return run
@@ -140,21 +158,25 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     seen, unseen = icons.split(icons.load(), args.validation)
-    unseen = unseen.to(args.device)
     makers = {"base": base_loss} if args.baseline_only else {"base": base_loss, "S2SD": s2sd_loss}
     try:  # build everything once: what is wrong with the flags shows before any training
+        ranks.check(args.device, args.batch_size)
         for make in makers.values():
             make(args, Network(args.embedding_size), len(seen.names))
-        icons.batches(seen, args.batch_size, args.per_class, args.steps_per_epoch, args.seed)
+        icons.Batches(seen, args.batch_size, args.per_class, args.steps_per_epoch, args.seed)
     except (S2SDError, ValueError) as error:
         parser.error(str(error))
 
+    args.device = ranks.start(args.device)
+    unseen = unseen.to(args.device)
     runs = [train(name, make, args, seen, unseen) for name, make in makers.items()]
-    report.write(args, runs, unseen)
-    plots.recall(runs, args.output / "recall.png")
-    plots.retrieval(runs, unseen, args.output / "retrieval.png", seed=args.seed)
-    print(report.title(args, unseen), report.table(runs), sep="\n\n")
-    print(f"\nMetrics, table, pictures and configuration are in {args.output}")
+    ranks.stop()
+    if ranks.rank() == 0:
+        report.write(args, runs, unseen)
+        plots.recall(runs, args.output / "recall.png")
+        plots.retrieval(runs, unseen, args.output / "retrieval.png", seed=args.seed)
+        print(report.title(args, unseen), report.table(runs), sep="\n\n")
+        print(f"\nMetrics, table, pictures and configuration are in {args.output}")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .errors import DistributedError
@@ -87,6 +87,17 @@ class Gather:
         rows = self(torch.cat(list(parts.values()), dim=1))
         split = torch.split(rows, [part.shape[1] for part in parts.values()], dim=1)
         return dict(zip(parts, split, strict=True))
+
+    def touch(self, loss: Tensor, modules: Iterable[nn.Module]) -> Tensor:
+        """The loss, made to depend on every parameter, with gradient 0.
+
+        DistributedDataParallel waits for all gradients, and a batch without pairs gives a learnable
+        margin none.
+        """
+        if self.world_size == 1:
+            return loss
+        parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+        return loss + sum(p.sum() * 0 for p in parameters)
 
     def mean(self, total: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
         """Turn means over this rank's rows into means over all; the gradient stays this rank's."""

@@ -266,6 +266,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
             )
             distillation, kl = gather.mean(distillation, kl)
             loss = loss + distillation
+        loss = gather.touch(loss, [self.loss, *(branch.loss for _, branch in self._branches())])
 
         if any(a.requires_grad for a in aux):
             self._guard.check({name: branch.head for name, branch in self._branches()}, embeddings)

@@ -154,6 +154,29 @@ def test_value_and_gradients_equal_one_process_with_the_whole_batch(world):
                 )
 
 
+def margin_rank(rank):
+    torch.manual_seed(1)
+    model = Model()
+    loss_func = S2SDLoss(
+        losses.MarginLoss(learn_beta=True),
+        embedder=model.embedder,
+        head_dims=(8,),
+        gather_distributed=True,
+    )
+    optimizer = torch.optim.SGD([*model.parameters(), *loss_func.parameters()], lr=0.1)
+    trained, objective = DistributedDataParallel(model), DistributedDataParallel(loss_func)
+    for y in (labels(8), torch.arange(8) + 8 * rank, labels(8)):  # the second batch has no pairs
+        optimizer.zero_grad()
+        objective(trained(images(8)), y).backward()
+        optimizer.step()
+    return {"beta": loss_func.loss.beta.detach()}
+
+
+def test_a_batch_without_pairs_does_not_stop_a_learnable_margin_over_ranks():
+    first, second = on_ranks(margin_rank, 2)
+    assert first["beta"] == second["beta"] != losses.MarginLoss().beta
+
+
 def refuse_rank(rank):
     model, loss_func = build("pairs", gather_distributed=True)
     embeddings, y = model(images(8)), labels(8)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import evaluate  # noqa: E402
@@ -28,8 +32,23 @@ FILES = {"metrics.csv", "table.md", "recall.png", "retrieval.png", "config.json"
 
 def run(tmp_path, *flags):
     train.main([*SMALL, "--quiet", "--output", str(tmp_path), *flags])
+    return read(tmp_path)
+
+
+def read(tmp_path):
     with open(tmp_path / "metrics.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def final(rows, who):
@@ -37,8 +56,7 @@ def final(rows, who):
 
 
 def test_the_command_trains_both_prints_the_table_and_writes_everything(tmp_path):
-    command = [sys.executable, "examples/train.py", *SMALL, "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = command("examples/train.py", *SMALL, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     assert {p.name for p in tmp_path.iterdir()} == FILES
     for name in ("recall.png", "retrieval.png"):
@@ -50,6 +68,54 @@ def test_the_command_trains_both_prints_the_table_and_writes_everything(tmp_path
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["seed"] == 0
     assert config["versions"]["torch"] == torch.__version__
+
+
+def test_two_ranks_give_what_one_process_gives_and_speak_once(tmp_path):
+    uneven = ["--batch-size", "33", "--per-class", "3", "--feature-delay", "1", "--device", "cpu"]
+    flags = [*SMALL, *uneven, "--output"]
+    done = command(*TORCHRUN, "examples/train.py", *flags, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "two").iterdir()} == FILES
+    assert done.stdout.count("Recall@1 ") == done.stdout.count("configuration are in") == 1
+    for bar in ("base:   0%", "S2SD:   0%"):
+        assert done.stderr.count(bar) == 1
+    assert "Warning" not in done.stderr
+    one, two = run(tmp_path / "one", *uneven), read(tmp_path / "two")
+    assert [(r["run"], r["step"], r["metric"]) for r in one] == [
+        (r["run"], r["step"], r["metric"]) for r in two
+    ]
+    for a, b in zip(one, two, strict=True):
+        trained = a["metric"] in ("loss", "base", "aux", "distill", "feature_distill")
+        tolerance = {"rel": 2e-3} if trained else {"abs": 0.02}
+        assert float(a["value"]) == pytest.approx(float(b["value"]), **tolerance), a
+
+
+def test_an_error_of_one_rank_ends_all_and_is_told(tmp_path):
+    script = tmp_path / "fail.py"
+    script.write_text(
+        "import sys\n"
+        "sys.path.insert(0, 'examples')\n"
+        "import ranks, report, train\n"
+        "def components(loss_func):\n"
+        "    if ranks.rank() == 1:\n"
+        "        raise RuntimeError('the disk of rank 1 is full')\n"
+        "    return {}\n"
+        "report.components = components\n"
+        "train.main()\n"
+    )
+    flags = [*SMALL, "--quiet", "--device", "cpu", "--output", tmp_path / "out"]
+    done = command(*TORCHRUN, script, *flags)
+    assert done.returncode == 1
+    assert "RuntimeError: the disk of rank 1 is full" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_small_a_batch_for_the_ranks_is_refused_once(tmp_path):
+    flags = ["--batch-size", "1", "--per-class", "1", "--device", "cpu", "--output", tmp_path]
+    done = command(*TORCHRUN, "examples/train.py", *flags)
+    assert done.returncode == 1
+    assert done.stderr.count("--batch-size 1 is too small for 2 ranks") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_metrics_hold_every_column_of_the_table(tmp_path):
@@ -162,7 +228,7 @@ def test_batches_do_not_depend_on_the_global_random_stream():
         torch.manual_seed(noise)
         augment = icons.RandomAffine(3)
         out = []
-        for images, y in icons.batches(seen, 32, 4, steps=2, seed=3):
+        for images, y in islice(icons.Batches(seen, 32, 4, steps=2, seed=3), 3):
             torch.rand(noise)
             out.append((augment(images), y))
         return out
