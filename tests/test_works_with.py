@@ -170,12 +170,38 @@ def test_a_compiled_model_without_graph_break_with_explicit_features():
 
 
 @pytest.mark.skipif(torch.__version__ < "2.2", reason="an internal error of torch.compile")
-def test_a_compiled_loss_gives_the_same():
+def test_a_compiled_loss_gives_the_same_and_breaks_where_its_losses_do():
     torch._dynamo.reset()
+    plain, compiled, x = make(), make(), images()
+    plain[1](plain[0](x), labels()).backward()
+    model, loss_func = compiled
+    value = torch.compile(loss_func, backend="eager")(model(x), labels())
+    value.backward()
+    assert_same_gradients(plain, compiled)
+
+    def breaks(function):
+        torch._dynamo.reset()
+        return torch._dynamo.explain(function)(model(x), labels()).graph_break_count
+
+    loss, miner = losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()
+    of_pml = breaks(lambda e, y: loss(e, y, miner(e, y)))
+    assert 0 < breaks(loss_func) <= of_pml * (1 + len(loss_func.head_dims))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, CPU_FLOAT16])
+def test_autocast_changes_no_more_than_the_precision_of_the_model(dtype):
     model, loss_func = make()
-    embeddings = model(images())
-    compiled = torch.compile(loss_func, backend="eager")
-    assert torch.equal(compiled(embeddings, labels()), loss_func(embeddings, labels()))
+    x = images()
+    whole = loss_func(model(x), labels())
+    with torch.autocast("cpu", dtype=dtype):
+        half = loss_func(model(x), labels())
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, whole, rtol=3e-2, atol=3e-2)
+    if torch.cuda.is_available():
+        model, loss_func, x = model.cuda(), loss_func.cuda(), x.cuda()
+        with torch.autocast("cuda", dtype=dtype):
+            on_gpu = loss_func(model(x), labels().cuda())
+        torch.testing.assert_close(on_gpu.cpu(), whole, rtol=3e-2, atol=3e-2)
 
 
 def test_numpy_numbers_in_a_loop():

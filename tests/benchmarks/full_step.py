@@ -16,7 +16,7 @@ from plain import PAPER_HEAD_DIMS
 from pytorch_metric_learning import losses, miners
 from torch import Tensor, nn
 
-from s2sd_pml import S2SDLoss
+from s2sd_pml import ProjectionHead, S2SDLoss
 
 WIDTHS = {"lite0": 1280, "tiny": 64}
 
@@ -78,7 +78,26 @@ def measure(dims: list[int], args) -> dict[str, object]:
 
         return step
 
-    seconds = in_turn({"base": trained(False), "S2SD": trained(True)}, args.repeats, args.device)
+    def heads_alone():
+        """What S2SD adds at the least: heads, PML's losses in their spaces, and their Adam."""
+        width = WIDTHS[args.backbone]
+        heads = nn.ModuleList(ProjectionHead(width, d) for d in dims).to(args.device)
+        loss, miner = losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()
+        features = torch.randn(args.batch, width, device=args.device, requires_grad=True)
+        optimizer = torch.optim.Adam(heads.parameters(), lr=1e-5, fused=args.fused)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+                projected = [head(features).float() for head in heads]
+            sum(loss(z, labels, miner(z, labels)) for z in projected).backward()
+            optimizer.step()
+
+        return step
+
+    pieces = {"base": trained(False), "S2SD": trained(True), "heads": heads_alone()}
+    seconds = in_turn(pieces, args.repeats, args.device)
+    seconds["floor"] = [a + b for a, b in zip(seconds["base"], seconds["heads"], strict=True)]
     compared = ratio(seconds, "S2SD", "base")
     return {
         "heads": " ".join(map(str, dims)),
@@ -86,6 +105,7 @@ def measure(dims: list[int], args) -> dict[str, object]:
         "S2SD ms": milliseconds(seconds["S2SD"]),
         "S2SD / base": compared["ratio"],
         "quartiles": f"{compared['low']:.2f} to {compared['high']:.2f}",
+        "(base + heads alone) / base": ratio(seconds, "floor", "base")["ratio"],
     }
 
 
