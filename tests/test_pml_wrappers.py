@@ -122,3 +122,5 @@ def test_wrappers_in_wrappers():
 def test_a_distributed_loss_wrapper_is_refused():
     with pytest.raises(UnsupportedLossError, match="Pass the NTXentLoss.*gather_distributed=True"):
         S2SDLoss(DistributedLossWrapper(losses.NTXentLoss()), feature_dim=FEATURES)
+    with pytest.raises(TypeError, match="must extend BaseMetricLossFunction"):  # PML's own
+        DistributedLossWrapper(S2SDLoss(losses.NTXentLoss(), feature_dim=FEATURES))
