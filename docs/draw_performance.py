@@ -18,6 +18,11 @@ def rows(name: str) -> list[dict[str, Any]]:
     return json.loads((HERE / "performance" / f"{name}.json").read_text())["rows"]
 
 
+def duration(ms: float) -> str:
+    """A time as people read it."""
+    return f"{ms:.0f} ms" if ms < 1000 else f"{ms / 1000:.1f} s"
+
+
 def step(ax: Axes) -> None:
     """Step time relative to the plain equations, with its parts."""
     found = rows("loss-step")
@@ -25,8 +30,8 @@ def step(ax: Axes) -> None:
         whole, plain = row["S2SDLoss ms"], row["plain ms"]
         ax.bar(i - 0.2, 1, 0.36, color=PLAIN, label="plain equations" if i == 0 else None)
         ax.bar(i + 0.2, whole / plain, 0.36, color=OURS, label="S2SDLoss" if i == 0 else None)
-        ax.text(i - 0.2, 1.02, f"{plain:.0f} ms", ha="center", fontsize=8)
-        ax.text(i + 0.2, whole / plain + 0.02, f"{whole:.0f} ms", ha="center", fontsize=8)
+        ax.text(i - 0.2, 1.02, duration(plain), ha="center", fontsize=8)
+        ax.text(i + 0.2, whole / plain + 0.02, duration(whole), ha="center", fontsize=8)
     ax.set_xticks(range(len(found)), [f"batch {row['batch']}" for row in found])
     ax.set_ylabel("time / that of the plain equations")
     ax.set_ylim(0, 1.35)
@@ -64,7 +69,8 @@ def share(ax: Axes) -> None:
     ax.invert_yaxis()
     ax.set_xlabel("time / that of S2SDLoss")
     ax.set_title("Its parts, each measured alone")
-    ax.legend(loc="lower left")
+    ax.set_xlim(0, 1.75)
+    ax.legend(loc="upper right")
 
 
 def scaling(ax: Axes) -> None:
