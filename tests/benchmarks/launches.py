@@ -16,10 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 from s2sd_pml import S2SDLoss
 from s2sd_pml.functional import relation_kl, relation_kl_reference
 
-NO_WORK = tuple(
-    "alias as_strided detach empty expand lift reshape resize_ result select set_ slice split "
-    "squeeze stride t transpose unbind unsqueeze view _local_scalar_dense _reshape_alias "
-    "_unsafe_view diagonal is_ numel size contiguous chunk to item narrow new_ resolve_".split()
+NO_WORK = set(
+    "alias as_strided chunk contiguous detach detach_ diagonal empty empty_like empty_strided "
+    "expand expand_as is_nonzero item lift_fresh narrow new_empty new_empty_strided numpy_T "
+    "permute reshape resize_ resolve_conj resolve_neg result_type select set_ slice split "
+    "squeeze t to transpose unbind unflatten unsqueeze view view_as _local_scalar_dense "
+    "_reshape_alias _unsafe_view".split()
 )
 
 
@@ -41,7 +43,7 @@ def working(event) -> int:
     """Operations within an event that do work themselves, or 1 if it is one and has none below."""
     below = sum(working(child) for child in event.cpu_children)
     name = event.name.removeprefix("aten::")
-    return below or int(name != event.name and not name.startswith(NO_WORK))
+    return below or int(name != event.name and name not in NO_WORK)
 
 
 def main() -> None:
