@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import checkpoint
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,18 @@ class Batches:
         rows, self.left = self.left[: self.batch_size], self.left[self.batch_size :]
         return self.icons.images[rows], self.icons.labels[rows]
 
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the epoch, and what the sampler makes the next one of."""
+        return {
+            "left": [int(row) for row in self.left],
+            "classes": [int(label) for label in self.sampler.labels],  # it shuffles them in place
+            "random": checkpoint.numpy_state(self.random),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.left, self.sampler.labels = state["left"], state["classes"]
+        self.random.set_state(state["random"])
+
 
 class RandomAffine:
     """Mild rotation, scaling, shear and shift of a batch. No flips: icons have a direction."""
@@ -108,3 +121,10 @@ class RandomAffine:
         affine = torch.stack(rows, dim=1).to(images.device)
         grid = F.affine_grid(affine, list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, align_corners=False)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of its generator."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.generator.set_state(state["generator"])

@@ -25,6 +25,8 @@ class Network(nn.Module):
 
     def __init__(self, embedding_size: int, width: int = 16) -> None:
         super().__init__()
+        self.embedding_size = embedding_size
+        self.width = width
         self.trunk = nn.Sequential(
             block(1, width),
             block(width, 2 * width),

@@ -152,6 +152,18 @@ def parser() -> argparse.ArgumentParser:
         help="hold out 40 training classes and evaluate on them, to choose settings",
     )
     add("--output", type=Path, default=Path("runs/icons400"), help="default: %(default)s")
+    add("--export", type=Path, metavar="FILE", help="write the deployable model, without heads")
+    add(
+        "--checkpoint-every",
+        type=positive,
+        metavar="N",
+        help="write a checkpoint to --output every N steps, and keep the last two of each run",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the newest whole checkpoints in --output, with the same settings",
+    )
     add("--quiet", action="store_true", help="no progress bars")
     return main
 

@@ -61,6 +61,19 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def agree(step: int, device: str) -> None:
+    """Refuse to go on from different steps, as ranks with folders of their own might."""
+    if world() > 1:
+        steps = torch.tensor([step, -step], device=device)
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        last, first = int(steps[0]), -int(steps[1])
+        if first != last:
+            raise RuntimeError(
+                f"Ranks would go on from different steps, {first} to {last}: they must share the "
+                "folder of the checkpoints."
+            )
+
+
 def own(batch: Tensor) -> Tensor:
     """This rank's rows of a global batch: a contiguous slice, a row more on the first if uneven."""
     return batch.tensor_split(world())[rank()]

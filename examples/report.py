@@ -7,8 +7,10 @@ import csv
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytorch_metric_learning
+import ranks
 import torch
 from evaluate import METRICS
 from icons import Icons
@@ -19,6 +21,8 @@ import s2sd_pml
 
 COMPONENTS = ("base", "aux", "distill", "feature_distill")
 COLUMNS = ("run", "epoch", "step", "metric", "value", "seconds")
+PROGRESS = ("epoch", "step", "seconds", "recorded", "history")
+WHERE = ("output", "quiet", "checkpoint_every", "resume", "export")  # flags that change no number
 Scores = dict[str, dict[str, float]]
 
 
@@ -35,6 +39,14 @@ class Run:
     recorded: list[dict[str, float]] = field(default_factory=list)  # at each step of this epoch
     history: list[tuple[str, int, int, str, float, float]] = field(default_factory=list)
     scores: Scores = field(default_factory=dict)  # after training: the model's and each head's
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position and the history; the model and the loss are parts of their own."""
+        return {name: getattr(self, name) for name in PROGRESS}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in PROGRESS:
+            setattr(self, name, state[name])
 
     def end_epoch(self) -> None:
         """Record the means over the epoch's steps."""
@@ -106,14 +118,23 @@ def title(args: argparse.Namespace, unseen: Icons) -> str:
 def write(args: argparse.Namespace, runs: list[Run], unseen: Icons) -> None:
     """metrics.csv, table.md and config.json."""
     output: Path = args.output
-    output.mkdir(parents=True, exist_ok=True)
     with open(output / "metrics.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows(row for run in runs for row in run.history)
     (output / "table.md").write_text(f"{title(args, unseen)}\n\n{table(runs)}\n")
-    config = {
-        **{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "versions": {m.__name__: m.__version__ for m in (torch, pytorch_metric_learning, s2sd_pml)},
-    }
-    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    config = {**vars(args), "ranks": ranks.world(), "versions": versions()}
+    (output / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that make the numbers."""
+    return {m.__name__: m.__version__ for m in (torch, pytorch_metric_learning, s2sd_pml)}
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """All that the numbers depend on, in plain values."""
+    flags = {name: value for name, value in vars(args).items() if name not in WHERE}
+    flags |= {"threads": torch.get_num_threads(), "ranks": ranks.world(), **versions()}
+    plain: dict[str, Any] = json.loads(json.dumps(flags, default=str))
+    return plain

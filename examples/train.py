@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import checkpoint
+import export
 import icons
 import options
 import plots
@@ -31,6 +33,7 @@ from tqdm import tqdm
 from s2sd_pml import S2SDLoss
 from s2sd_pml.errors import S2SDError
 
+CHECKPOINTS = "checkpoints"
 LossAndMiner = tuple[nn.Module, "nn.Module | None"]
 
 
@@ -96,9 +99,14 @@ def train(
     args: argparse.Namespace,
     seen: icons.Icons,
     unseen: icons.Icons,
+    settings: dict[str, Any],
+    states: dict[str, Any] | None,
 ) -> Run:
-    """One run. Seeds are set first: both runs have the same start, batches and augmentation."""
-    torch.manual_seed(args.seed)
+    """One run, from its start or from the states of a checkpoint.
+
+    Seeds are set first: both runs have the same start, batches and augmentation.
+    """
+    checkpoint.seed(args.seed)
     model = ranks.synchronised(Network(args.embedding_size).to(args.device))
     loss_func, miner = losses(args, model, len(seen.names))
     loss_func.to(args.device)
@@ -110,8 +118,22 @@ def train(
     run = Run(name, model, loss_func)
     embed, objective = ranks.parallel(model), ranks.parallel(loss_func)
     main_rank = ranks.rank() == 0
+    parts = {
+        "run": run,
+        "model": model,
+        "loss_func": loss_func,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "batches": batches,
+        "augment": augment,
+        "random": checkpoint.RandomStates(),
+    }
+    for part, state in (states or {}).items():
+        parts[part].load_state_dict(state)
+    ranks.agree(run.step, args.device)
 
-    with tqdm(total=total, desc=f"{name:4}", disable=args.quiet or not main_rank) as bar:
+    silent = args.quiet or not main_rank
+    with tqdm(total=total, initial=run.step, desc=f"{name:4}", disable=silent) as bar:
         while run.step < total:
             start = time.perf_counter()
             images, labels = next(batches)  # the global batch, of which a rank takes its rows
@@ -133,6 +155,9 @@ def train(
                 run.end_epoch()
                 if run.step < total and main_rank:
                     run.record(recall_at_k(apply(model, unseen.images), unseen.labels, ks=(1,)))
+            every = args.checkpoint_every if main_rank else None
+            if every and (run.step % every == 0 or run.step == total):
+                checkpoint.save(args.output / CHECKPOINTS, name, run.step, settings, parts)
     if main_rank:
         run.scores = final_scores(run, unseen)
     for who, scores in run.scores.items():
@@ -159,17 +184,30 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     seen, unseen = icons.split(icons.load(), args.validation)
     makers = {"base": base_loss} if args.baseline_only else {"base": base_loss, "S2SD": s2sd_loss}
+    folder = args.output / CHECKPOINTS
     try:  # build everything once: what is wrong with the flags shows before any training
         ranks.check(args.device, args.batch_size)
         for make in makers.values():
             make(args, Network(args.embedding_size), len(seen.names))
         icons.Batches(seen, args.batch_size, args.per_class, args.steps_per_epoch, args.seed)
-    except (S2SDError, ValueError) as error:
+        settings = report.settings(args)
+        states = dict.fromkeys(makers)
+        if args.resume:
+            states = {name: checkpoint.newest(folder, name, settings) for name in makers}
+        elif args.checkpoint_every and checkpoint.files(folder):
+            raise ValueError(f"{folder} holds checkpoints: add --resume, or use another --output")
+        if args.export and args.export.is_dir():
+            raise ValueError(f"--export {args.export} is a folder: name a file")
+        args.output.mkdir(parents=True, exist_ok=True)
+    except (S2SDError, ValueError, OSError) as error:
         parser.error(str(error))
 
     args.device = ranks.start(args.device)
     unseen = unseen.to(args.device)
-    runs = [train(name, make, args, seen, unseen) for name, make in makers.items()]
+    runs = [
+        train(name, make, args, seen, unseen, settings, states[name])
+        for name, make in makers.items()
+    ]
     ranks.stop()
     if ranks.rank() == 0:
         report.write(args, runs, unseen)
@@ -177,6 +215,9 @@ def main(argv: list[str] | None = None) -> None:
         plots.retrieval(runs, unseen, args.output / "retrieval.png", seed=args.seed)
         print(report.title(args, unseen), report.table(runs), sep="\n\n")
         print(f"\nMetrics, table, pictures and configuration are in {args.output}")
+        if args.export:
+            export.write(runs[-1].model, args.export, unseen.images)
+            print(f"The {runs[-1].name} model, loaded back and compared, is in {args.export}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ WITH_CODE = {"README.md", "index.md", "how-it-works.md", "features.md", "optimiz
 
 @pytest.mark.filterwarnings("default::s2sd_pml.errors.OptimizerWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_python_blocks_run(page, capsys):
+def test_python_blocks_run(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     blocks = run(page)
     assert blocks or page.name not in WITH_CODE
 

@@ -1,0 +1,42 @@
+"""The deployable model: the network alone, in a file of tensors and numbers.
+
+from export import load
+
+model = load(Path("model.pt"))
+embeddings = model(images)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import checkpoint
+import torch
+from evaluate import apply
+from network import Network
+from torch import Tensor
+
+KIND = "model of the example trainer, version 1"
+
+
+def write(model: Network, path: Path, images: Tensor) -> None:
+    """Write the model, load it back, and see that it makes the same embeddings of the images."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "kind": KIND,
+        "embedding_size": model.embedding_size,
+        "width": model.width,
+        "state_dict": model.state_dict(),
+    }
+    checkpoint.write(content, path)
+    loaded = load(path).to(images.device)
+    if not torch.equal(apply(loaded, images), apply(model, images)):
+        raise RuntimeError(f"{path}, loaded back, makes other embeddings than the trained model.")
+
+
+def load(path: Path) -> Network:
+    """The model on the CPU, in evaluation mode."""
+    content = checkpoint.read(path, KIND)
+    model = Network(content["embedding_size"], content["width"])
+    model.load_state_dict(content["state_dict"])
+    return model.eval()
