@@ -138,14 +138,13 @@ def _follow(
         if not dims or 0 in dims:
             return None
     elif kind == "Index" and same_size:
-        index = node._saved_indices[0]
-        return source if index is None else source[index]
+        return _index(node, source)
     elif kind in ACTS_ON_DIMENSIONS and same_size:
         if _acts_on_rows(node):
             return _select(node, kind, output, source)
     elif kind in RESHAPES or kind in KEEPS_ROWS or kind in LEFT_FACTOR:
         same_size &= after is None or after[0] == len(source)
-        if kind in KEEPS_ROWS and before is not None and after is not None:
+        if kind in KEEPS_ROWS | {"Expand"} and before is not None and after is not None:
             same_size &= len(before) == len(after)  # broadcasting may put another dimension first
     else:
         same_size = False
@@ -169,6 +168,18 @@ def _select(node: Any, kind: str, output: int, source: Tensor) -> Tensor:
         return torch.split(source, list(node._saved_split_sizes))[output]
     if kind == "IndexSelect":
         return source.index_select(0, node._saved_index)
+    raise UnfollowableError(f"{node.name()} reordered the rows after the captured forward.")
+
+
+def _index(node: Any, source: Tensor) -> Tensor:
+    """Replay ``x[i, j, ...]`` with tensors as indices."""
+    places = [k for k, index in enumerate(node._saved_indices) if index is not None]
+    indices = [node._saved_indices[k] for k in places]
+    if places[0] == 0 and all(index.ndim == 1 for index in indices):
+        return source[indices[0]]
+    # Indices of other dimensions keep the rows, but apart from each other they come to the front.
+    if places[0] > 0 and places[-1] - places[0] == len(places) - 1:
+        return source
     raise UnfollowableError(f"{node.name()} reordered the rows after the captured forward.")
 
 

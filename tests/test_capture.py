@@ -69,6 +69,8 @@ SAME_ROWS = {
     "softmax": lambda e: e.softmax(dim=-1),
     "unsqueezed": lambda e: e[:, None].transpose(1, 2).squeeze(-1),
     "first_of_two": lambda e: torch.stack([e, e], dim=1)[:, 0],
+    "other_columns": lambda e: e[:, [2, 0, 0]],
+    "an_entry_of_each": lambda e: e.view(-1, 2, 2)[:, [1, 0], [0, 1]],
     "convolved": lambda e: F.conv1d(e[:, None], torch.randn(2, 1, 3)).flatten(1),
 }
 
@@ -96,6 +98,7 @@ SELECTED_ROWS = {
     "concatenation": lambda t: torch.cat([t[:4], t[10:], t[2:3]]),
     "slice_of_slice": lambda t: t[2:][::2][:3],
     "row_in_a_list": lambda t: t[[5]],
+    "two_masks": lambda t: t[MASK][torch.arange(int(MASK.sum())) % 2 == 0],
 }
 
 
@@ -149,6 +152,12 @@ REFUSED = {
     "gathered": lambda net, e: e.gather(0, PERMUTATION[:, None].expand(B, 4)),
     "einsum_over_rows": lambda net, e: torch.einsum("ij,jk->ik", torch.rand(B, B), e),
     "broadcast_over_rows": lambda net, e: (e + torch.rand(B, 1, 4))[:, 0],
+    "entries_of_other_rows": lambda net, e: e[PERMUTATION[:, None], torch.arange(4)],
+    "apart_indices_at_the_front": lambda net, e: e.view(B, 2, 2)[:, :, None].expand(B, 2, B, 2)[
+        :, [0] * B, :, [0] * B
+    ][:, 0],
+    "a_row_for_all": lambda net, e: e[:, None].expand(B, B, 4)[0],
+    "a_new_first_dimension": lambda net, e: e.expand(B, B, 4)[:, 0],
 }
 
 
