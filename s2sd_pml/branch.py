@@ -84,7 +84,9 @@ def metric_loss(
             value: Any = (
                 loss(embeddings, **given) if labels is None else loss(embeddings, labels, **given)
             )
-        except checks.REFUSALS as error:
+        except Exception as error:
+            if not checks.is_refusal(error, labels):
+                raise
             raise checks.refused(loss, miner, embeddings, labels, given, error) from error
     if isinstance(value, dict):
         raise UnsupportedLossError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from pytorch_metric_learning import losses
 from torch import Tensor, nn
 
@@ -12,15 +13,21 @@ from .errors import BatchError, DistributedError, FeatureShapeError, MissingFeat
 
 
 def floating(x: Any, name: str) -> None:
-    """Refuse what is not a floating point tensor."""
+    """Refuse what is not a floating point tensor, dense and with data."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         seen = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
         raise BatchError(f"{name} must be a floating point tensor but is {seen}.")
+    if x.layout is not torch.strided or x.is_nested:
+        seen = "nested" if x.is_nested else f"of layout {x.layout}"
+        raise BatchError(f"{name} must be a dense tensor but is {seen}. Make it dense first.")
 
 
 def batch(embeddings: Any, labels: Any, ref_emb: Any, loss: nn.Module) -> None:
     """Embeddings (B, D) with labels (B,) or none."""
     floating(embeddings, "embeddings")
+    for name, x in (("embeddings", embeddings), ("labels", labels)):
+        if getattr(x, "is_meta", False):
+            raise BatchError(f"{name} are on the meta device, without data. Use a real device.")
     if embeddings.ndim != 2 or 0 in embeddings.shape:
         raise BatchError(
             f"embeddings have shape {tuple(embeddings.shape)}. Pass (batch, embedding size), both "
@@ -33,6 +40,12 @@ def batch(embeddings: Any, labels: Any, ref_emb: Any, loss: nn.Module) -> None:
             raise BatchError(
                 f"labels have shape {tuple(labels.shape)} but there are {len(embeddings)} "
                 f"embeddings. Pass labels of shape ({len(embeddings)},)."
+            )
+        if labels.is_floating_point() and bool(labels.isnan().any()):
+            count = int(labels.isnan().sum())
+            raise BatchError(
+                f"{count} of the {len(labels)} labels are NaN, and NaN is no class. Leave "
+                "those samples out."
             )
     if labels is not None and isinstance(loss, losses.SelfSupervisedLoss):
         raise BatchError(
@@ -53,6 +66,12 @@ def batch(embeddings: Any, labels: Any, ref_emb: Any, loss: nn.Module) -> None:
 REFUSALS = (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
 
 
+def is_refusal(error: Exception, labels: Tensor | None) -> bool:
+    """Whether a loss refused its batch; a RuntimeError may be lack of memory, or the machine's."""
+    odd_labels = labels is not None and labels.dtype != torch.long
+    return isinstance(error, REFUSALS) or (type(error) is RuntimeError and odd_labels)
+
+
 def refused(
     loss: Any,
     miner: Any,
@@ -63,11 +82,13 @@ def refused(
 ) -> BatchError:
     """The error of a loss or its miner, with what it was called with."""
     names = type(loss).__name__ + ("" if miner is None else f" with {type(miner).__name__}")
-    seen = "no labels" if labels is None else f"labels {tuple(labels.shape)}"
+    seen = "no labels" if labels is None else f"labels {tuple(labels.shape)} {labels.dtype}"
+    mend = "It is called as without S2SDLoss: give it what it takes on its own, leave out the rest."
+    if labels is not None and labels.dtype != torch.long:
+        mend = f"Try labels.long(). {mend}"
     return BatchError(
         f"{names} refused embeddings {tuple(embeddings.shape)}, {', '.join([seen, *given])}. "
-        f"{type(error).__name__}: {str(error) or 'an assertion failed'}. It is called as without "
-        "S2SDLoss: give it what it takes on its own, and leave out the rest."
+        f"{type(error).__name__}: {str(error) or 'an assertion failed'}. {mend}"
     )
 
 
@@ -95,6 +116,11 @@ def same_rows(features: Any, embeddings: Tensor, name: str) -> None:
         raise FeatureShapeError(
             f"{name} is on {features.device} and the embeddings are on {embeddings.device}. "
             f"Pass {name}.to({str(embeddings.device)!r})."
+        )
+    if features.is_inference() and torch.is_grad_enabled():
+        raise MissingFeaturesError(
+            f"{name} come from torch.inference_mode(), and the heads cannot be trained on such "
+            f"tensors. Compute them under torch.no_grad(), or pass {name}.clone()."
         )
 
 

@@ -49,7 +49,8 @@ def relation_kl(
 
     Returns:
         total, a scalar with gradient with respect to ``student``, and the detached unweighted
-        ``KL_j`` of shape (number of teachers,). Half precision is computed in float32.
+        ``KL_j`` of shape (number of teachers,). All is computed in the student's precision, half
+        precision in float32.
 
     Raises:
         S2SDError: for wrong shapes or ranges, and on a second derivative, which is not implemented.
@@ -72,6 +73,7 @@ def relation_kl(
                 f"Pass all of it, ({len(student)}, {len(student)}), or None."
             )
     start, stop = rows or (0, len(student))
+    student = full_precision(student)
     with torch.autocast(student.device.type, enabled=False):
         total, per_teacher = RelationKL.apply(  # type: ignore[no-untyped-call]
             _unit_rows(student),
@@ -81,7 +83,7 @@ def relation_kl(
             chunk_size or max(stop - start, 1),
             (start, stop),
             cosines or [None] * len(teachers),
-            *(full_precision(t.detach()) for t in teachers),
+            *(t.detach().to(student.dtype) for t in teachers),
         )
     return total, per_teacher
 
@@ -109,7 +111,7 @@ def relation_kl_reference(
     with torch.autocast(student.device.type, enabled=False):
         log_student, divergences = log_relations(student), []
         for teacher in teachers:
-            log_teacher = log_relations(teacher.detach())
+            log_teacher = log_relations(teacher.detach().to(log_student.dtype))
             terms = log_teacher.exp() * (log_teacher - log_student)
             if exclude_self:
                 own = torch.arange(stop - start, device=terms.device)

@@ -216,6 +216,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         step = int(self.step)
         gather = distributed.Gather(self.gather_distributed)
         with gather.agreement(embeddings, labels, step):
+            settings.scalars(self)  # they may be set between steps
             checks.batch(embeddings, labels, ref_emb, self.loss)
             checks.gatherable(gather.world_size, indices_tuple, ref_emb)
             φ = self._features(features, embeddings, "features")
