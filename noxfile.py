@@ -1,0 +1,84 @@
+"""The project's checks: `nox` runs the quick ones and the tests, `nox -l` lists all.
+
+A session makes its own virtual environment (reuse them with `nox -R`) and installs torch from where
+pip is configured to take it. Arguments behind `--` go to pytest: `nox -s tests-3.12 -- -k capture`.
+"""
+
+import nox
+
+nox.needs_version = ">=2024.3.2"
+nox.options.sessions = ["lint", "types", "docs", "tests"]
+
+# The oldest releases that are promised in pyproject.toml, and a NumPy that they were built for.
+OLDEST = ["torch==2.1.0", "pytorch-metric-learning==2.8.0", "numpy<2"]
+
+# Module: the tests that must notice any change of it.
+MUTATED = {
+    "functional": "tests/test_functional.py",
+    "kernel": "tests/test_functional.py tests/test_sharing.py",
+    "cloning": "tests/test_cloning.py",
+    "capture": "tests/test_capture.py tests/test_capture_machine.py tests/test_abuse.py",
+    "rows": "tests/test_capture.py tests/test_capture_machine.py",
+}
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Format and lint with ruff."""
+    session.install("ruff")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Type-check the library strictly."""
+    session.install("-e", ".", "mypy")
+    session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; a warning is an error."""
+    session.install("-e", ".[docs]")
+    session.run("mkdocs", "build", "--strict", "--site-dir", session.create_tmp())
+
+
+@nox.session(python=["3.10", "3.11", "3.12", "3.13"])
+def tests(session: nox.Session) -> None:
+    """Run the tests with the newest releases."""
+    session.install("-e", ".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python=["3.10", "3.11"])  # torch 2.1 knows no later Python
+def oldest(session: nox.Session) -> None:
+    """Run the tests with the oldest releases that are promised."""
+    session.install(*OLDEST, "-e", ".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Measure which branches the tests reach; below 98% is an error."""
+    session.install("-e", ".[test]", "coverage")
+    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    session.run("coverage", "combine")
+    session.run("coverage", "report")
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Change one operator, number or condition at a time; list what no test notices (an hour).
+
+    `nox -s mutants -- rows` takes one module. The files are changed in place and put back.
+    """
+    session.install("-e", ".[test]", "cosmic-ray")
+    for module in session.posargs or MUTATED:
+        config, database = f"{session.create_tmp()}/{module}.toml", f"mutants-{module}.sqlite"
+        with open("tests/mutants.toml") as template, open(config, "w") as file:
+            file.write(template.read().format(module=module, tests=MUTATED[module]))
+        session.run("cosmic-ray", "init", "--force", config, database)
+        session.run("cr-filter-operators", database, config)
+        session.run("cosmic-ray", "exec", config, database)
+        session.run("cr-report", "--surviving-only", "--show-diff", database)
