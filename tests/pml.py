@@ -73,7 +73,8 @@ _SPECIAL: dict[str, Callable[[], nn.Module]] = {
     ),
     "HistogramLoss": lambda: losses.HistogramLoss(n_bins=20),
     "RankedListLoss": lambda: losses.RankedListLoss(margin=1.0, Tn=1.0),
-    "MarginLoss": lambda: losses.MarginLoss(learn_beta=True),
+    # nu: else as many active positives as negatives leave beta without gradient
+    "MarginLoss": lambda: losses.MarginLoss(learn_beta=True, nu=0.1),
 }
 
 

@@ -85,6 +85,7 @@ def products(function):
     return counter.get_total_flops() / (2 * B * B * SIZE)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.2", reason="FlopCounterMode fails at miners before")
 def test_miner_and_loss_need_one_product_and_the_gradient_one_more():
     x = draw()
     branch = Branch(nn.Identity(), losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner())
