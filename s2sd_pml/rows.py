@@ -84,7 +84,7 @@ class _Walk:
         stack = [(node, output)]
         while stack:
             top = stack[-1]
-            children = list(top[0].next_functions) if top[0] is not None else []
+            children = list(top[0].next_functions)
             missing = [child for child in children if child not in self.done]
             if top in self.done or self.left <= 0:
                 self.done.setdefault(top, None)
@@ -143,7 +143,6 @@ def _follow(
         if _acts_on_rows(node):
             return _select(node, kind, output, source)
     elif kind in RESHAPES or kind in KEEPS_ROWS or kind in LEFT_FACTOR:
-        same_size &= after is None or after[0] == len(source)
         if kind in KEEPS_ROWS | {"Expand"} and before is not None and after is not None:
             same_size &= len(before) == len(after)  # broadcasting may put another dimension first
     else:

@@ -71,6 +71,10 @@ SAME_ROWS = {
     "first_of_two": lambda e: torch.stack([e, e], dim=1)[:, 0],
     "other_columns": lambda e: e[:, [2, 0, 0]],
     "an_entry_of_each": lambda e: e.view(-1, 2, 2)[:, [1, 0], [0, 1]],
+    "centre_first": lambda e: (e.mean(dim=0) - e) / e.std(),
+    "permuted": lambda e: e.view(-1, 2, 2).permute(0, 2, 1).flatten(1),
+    "joined_before_the_last": lambda e: torch.cat([e[:, None], e[:, None]], dim=-2).flatten(1),
+    "selected_before_the_last": lambda e: torch.stack([e, e], dim=-2).select(-2, 1),
     "convolved": lambda e: F.conv1d(e[:, None], torch.randn(2, 1, 3)).flatten(1),
 }
 
@@ -121,6 +125,18 @@ def test_several_forwards_are_joined_in_order(net_and_capture):
     assert torch.equal(capture.features_of(joined), expected)
 
 
+def test_an_entry_of_each_row_keeps_the_rows_of_the_first_index(net_and_capture):
+    net, capture = net_and_capture
+    entries = net(batch()).view(B, 2, 2)[[5, 1], [0, 1]]
+    assert torch.equal(capture.features_of(entries), net.features[[5, 1]])
+
+
+def test_what_the_embedder_returns_is_handed_on_as_it_is():
+    net = Net()
+    with FeatureCapture(net.embedder):
+        assert net(batch()).grad_fn.name() == "AddmmBackward0"
+
+
 REFUSED = {
     "detached": lambda net, e: e.detach(),
     "unrelated": lambda net, e: torch.randn(B, 4, requires_grad=True) * 2,
@@ -157,6 +173,8 @@ REFUSED = {
         :, [0] * B, :, [0] * B
     ][:, 0],
     "a_row_for_all": lambda net, e: e[:, None].expand(B, B, 4)[0],
+    "a_row_as_many": lambda net, e: torch.cat([e] * (B // 4), dim=1).select(-2, 3)[:, None],
+    "flipped_vector": lambda net, e: e[:, 0].flip(-1)[:, None],
     "a_new_first_dimension": lambda net, e: e.expand(B, B, 4)[:, 0],
 }
 NEED_SHAPES = {"broadcast_over_rows", "a_new_first_dimension"}
