@@ -40,8 +40,7 @@ class RelationKL(torch.autograd.Function):
         # A chunk of rows each: the student's log-probabilities, a teacher's, and Σ_j w_j p_j.
         shape = (min(chunk_size, stop - start), len(student))
         buffers = [student.new_empty(shape) for _ in range(3)]
-        alone = exclude_self and len(student) == 1  # one sample has no relations to others
-        for a in () if alone else range(start, stop, chunk_size):
+        for a in range(start, stop, chunk_size):
             b = min(a + chunk_size, stop)
             log_student, log_teacher, target = (buffer[: b - a] for buffer in buffers)
 

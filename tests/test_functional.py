@@ -5,10 +5,11 @@ import pytest
 import torch
 from helpers import plain_kl
 from hypothesis import given, settings
+from torch.utils.flop_counter import FlopCounterMode
 
 from s2sd_pml.errors import ArgumentError, BatchError, S2SDError
 from s2sd_pml.functional import relation_kl, relation_kl_reference
-from s2sd_pml.kernel import GRAM_BLOCK
+from s2sd_pml.kernel import GRAM_BLOCK, products
 
 
 def value_and_grad(function, student, teachers, **kwargs):
@@ -163,6 +164,25 @@ def test_zero_vectors_give_finite_gradients():
     assert torch.isfinite(student.grad).all()
 
 
+def test_one_row_at_a_time_weight_zero_and_the_defaults_of_the_twin():
+    student, teacher = torch.randn(7, 3, requires_grad=True), torch.randn(7, 5)
+    total, each = relation_kl(student, [teacher], weights=[2.0], chunk_size=1)
+    expected, expected_each = relation_kl_reference(student, [teacher], weights=[2.0])
+    torch.testing.assert_close((total, each), (expected, expected_each))
+    nothing, each = relation_kl(student, [teacher], weights=[0.0])
+    assert nothing == 0
+    torch.testing.assert_close(each, expected_each)
+
+
+def test_a_symmetric_product_costs_little_more_than_half():
+    x = torch.randn(4 * GRAM_BLOCK, 8)
+    out = torch.empty(len(x), len(x))
+    with FlopCounterMode(display=False) as counter:
+        products(x, 0, len(x), out)
+    torch.testing.assert_close(out, x @ x.T)
+    assert counter.get_total_flops() == 0.625 * 2 * len(x) ** 2 * 8
+
+
 X = torch.randn(4, 3)
 
 
@@ -179,6 +199,9 @@ X = torch.randn(4, 3)
         (X, [X], {"weights": [float("nan")]}, ArgumentError, "nan"),
         (X, [X], {"weights": [-1.0]}, ArgumentError, "-1.0"),
         (X, [X], {"temperature": 0.0}, ArgumentError, "temperature=0.0"),
+        (X, [X], {"temperature": float("inf")}, ArgumentError, "temperature=inf"),
+        (X, [X], {"rows": (-1, 3)}, ArgumentError, r"\(-1, 3\)"),
+        (X, [X], {"rows": (3, 2)}, ArgumentError, r"\(3, 2\)"),
         (X, [X], {"chunk_size": 0}, ArgumentError, "chunk_size=0"),
         (X, [X], {"rows": (2, 5)}, ArgumentError, r"\(2, 5\)"),
     ],
