@@ -60,13 +60,18 @@ def files(folder: Path, run: str = "*") -> list[Path]:
 
 
 def save(folder: Path, run: str, step: int, settings: State, parts: dict[str, Any]) -> None:
-    """Write a checkpoint, then delete all older ones but the last."""
+    """Write a checkpoint, then delete all others but the one before it.
+
+    Later ones, left by a run that was resumed from an earlier step, are of no use any more.
+    """
     folder.mkdir(exist_ok=True)
     states = {name: part.state_dict() for name, part in parts.items()}
     path = folder / f"{run}-{step:08d}.pt"
     write({"kind": KIND, "settings": settings, "states": states}, path)
-    for old in [file for file in files(folder, run) if file < path][:-1]:
-        old.unlink()
+    every = files(folder, run)
+    place = every.index(path)
+    for useless in every[: max(place - 1, 0)] + every[place + 1 :]:
+        useless.unlink()
 
 
 def newest(folder: Path, run: str, settings: State) -> State | None:

@@ -14,7 +14,13 @@ from torch.autograd.function import once_differentiable
 from .errors import DistributedError
 
 T = TypeVar("T", Tensor, Tensor | None)
-MUST_AGREE = ("the embedding size", "whether labels are given (1) or not (0)", "the training step")
+MUST_AGREE = (
+    "the embedding size",
+    "the type of the embeddings",
+    "the type of the labels (None: none given)",
+    "the training step",
+)
+TYPES = [None, *sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)]
 
 
 class Gather:
@@ -54,7 +60,8 @@ class Gather:
         except Exception:
             _all_gather(message, self.world_size)
             raise
-        own = [1, *embeddings.shape, labels is not None, step]
+        types = [TYPES.index(x if x is None else x.dtype) for x in (embeddings, labels)]
+        own = [1, *embeddings.shape, *types, step]
         told = [r.tolist() for r in _all_gather(message.new_tensor(own), self.world_size)]
         if failed := [str(rank) for rank, (fine, *_) in enumerate(told) if not fine]:
             raise DistributedError(
@@ -63,8 +70,9 @@ class Gather:
             )
         for name, values in zip(MUST_AGREE, zip(*(t[2:] for t in told), strict=True), strict=True):
             if len(set(values)) > 1:
+                seen = [TYPES[v] for v in values] if "type" in name else list(values)
                 raise DistributedError(
-                    f"The ranks differ in {name}: {list(values)}, in rank order. Call the loss "
+                    f"The ranks differ in {name}: {seen}, in rank order. Call the loss "
                     "with the same model and at the same step on all of them."
                 )
         self.sizes = [rows for _, rows, *_ in told]
@@ -126,13 +134,13 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        every = torch.stack(grads)
+        every = torch.cat(grads)
         if dist.get_backend() == "nccl":
-            own = torch.empty_like(every[0])
+            own = torch.empty_like(grads[0])
             dist.reduce_scatter_tensor(own, every)
             return own, None
-        dist.all_reduce(every)  # gloo scatters no sums
-        return every[dist.get_rank()], None
+        dist.all_reduce(every)  # gloo of older torch scatters no sums
+        return every.chunk(len(grads))[dist.get_rank()], None
 
 
 def _gather_rows(x: Tensor, sizes: list[int]) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, BatchError
 from .kernel import RelationKL
+from .ranges import is_weight, positive, whole
 
 
 def relation_kl(
@@ -66,12 +66,14 @@ def relation_kl(
         (True, torch.Size([1]))
     """
     _validate(student, teachers, weights, temperature, chunk_size, rows)
-    for j, known in enumerate(cosines or ()):
-        if known is not None and known.shape != (len(student), len(student)):
-            raise BatchError(
-                f"cosines[{j}] has shape {tuple(known.shape)} for a batch of {len(student)}. "
-                f"Pass all of it, ({len(student)}, {len(student)}), or None."
-            )
+    cosines = [None] * len(teachers) if cosines is None else cosines
+    shapes = [None if c is None else tuple(getattr(c, "shape", (type(c),))) for c in cosines]
+    whole_batch = (len(student), len(student))
+    if len(shapes) != len(teachers) or not set(shapes) <= {None, whole_batch}:
+        raise BatchError(
+            f"cosines have the shapes {shapes} for {len(teachers)} teachers. Pass all of it, "
+            f"{whole_batch}, or None, for each."
+        )
     start, stop = rows or (0, len(student))
     student = full_precision(student)
     with torch.autocast(student.device.type, enabled=False):
@@ -80,9 +82,9 @@ def relation_kl(
             tuple(float(w) for w in weights),
             temperature,
             exclude_self,
-            chunk_size or max(stop - start, 1),
+            chunk_size or stop - start,
             (start, stop),
-            cosines or [None] * len(teachers),
+            cosines,
             *(t.detach().to(student.dtype) for t in teachers),
         )
     return total, per_teacher
@@ -155,14 +157,17 @@ def _validate(
         raise BatchError("student has no rows. Skip empty batches (drop_last=True).")
     if not isinstance(weights, Sequence) or len(weights) != len(teachers):
         raise ArgumentError(
-            f"weights={weights!r} for {len(teachers)} teachers. Pass one for each teacher."
+            f"weights={weights!r} for {len(teachers)} teachers. Pass a list, one for each teacher."
         )
-    for weight in weights:
-        if not isinstance(weight, Real) or not (math.isfinite(weight) and weight >= 0):
-            raise ArgumentError(f"weights={list(weights)!r}: each must be finite and at least 0.")
-    if not isinstance(temperature, Real) or not 0 < float(temperature) < math.inf:
-        raise ArgumentError(f"temperature={temperature!r} must be finite and above 0.")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ArgumentError(f"chunk_size={chunk_size!r} must be a whole number above 0, or None.")
-    if rows is not None and not 0 <= rows[0] <= rows[1] <= len(student):
-        raise ArgumentError(f"rows={rows!r} must lie within 0 and the batch of {len(student)}.")
+    if not all(is_weight(weight) for weight in weights):
+        raise ArgumentError(f"weights={list(weights)!r}: each must be finite and at least 0.")
+    positive("temperature", temperature)
+    if chunk_size is not None:
+        whole("chunk_size", chunk_size, at_least=1, otherwise=" or None")
+    if rows is not None:
+        pair = isinstance(rows, tuple) and [isinstance(r, int) for r in rows] == [True, True]
+        if not pair or not 0 <= rows[0] < rows[1] <= len(student):
+            raise ArgumentError(
+                f"rows={rows!r} must be (start, stop), whole numbers of a part, not empty, of the "
+                f"{len(student)} rows."
+            )

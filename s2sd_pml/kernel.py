@@ -36,7 +36,11 @@ class RelationKL(torch.autograd.Function):
         start, stop = rows
         grad = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
         per_teacher = student.new_zeros(len(teachers))
-        scales = [1 / t.norm(dim=1).clamp_min_(1e-12) for t in teachers]  # as F.normalize has it
+        scales = {  # one over the norms, as F.normalize has them
+            j: 1 / t.norm(dim=1).clamp_min_(1e-12)
+            for j, t in enumerate(teachers)
+            if cosines[j] is None
+        }
         # A chunk of rows each: the student's log-probabilities, a teacher's, and Σ_j w_j p_j.
         shape = (min(chunk_size, stop - start), len(student))
         buffers = [student.new_empty(shape) for _ in range(3)]
@@ -56,12 +60,12 @@ class RelationKL(torch.autograd.Function):
             for r in _blocks(log_student):
                 log_softmax_(log_student[r], a + r.start)
             for j, (teacher, weight) in enumerate(zip(teachers, weights, strict=True)):
-                known, scale = cosines[j], scales[j]
+                known = cosines[j]
                 if known is None:
                     products(teacher, a, b, log_teacher)
                 for r in _blocks(log_teacher):
                     if known is None:
-                        log_teacher[r].mul_(scale[a:b][r, None]).mul_(scale)
+                        log_teacher[r].mul_(scales[j][a:b][r, None]).mul_(scales[j])
                     else:
                         log_teacher[r].copy_(known[a:b][r])
                     log_p = log_softmax_(log_teacher[r], a + r.start)
@@ -79,7 +83,7 @@ class RelationKL(torch.autograd.Function):
                 delta = log_student
                 grad[a:b].addmm_(delta, student)
                 grad.addmm_(delta.T, student[a:b])
-        count = max(stop - start, 1)
+        count = stop - start
         per_teacher.mul_(temperature**2 / count)
         if grad is not None:
             ctx.save_for_backward(grad.mul_(temperature / count))

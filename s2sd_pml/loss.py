@@ -220,6 +220,8 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
             checks.batch(embeddings, labels, ref_emb, self.loss)
             checks.gatherable(gather.world_size, indices_tuple, ref_emb)
             φ = self._features(features, embeddings, "features")
+            # a head may refuse its batch too; alone, the base loss comes first
+            early = self._project(φ) if gather.world_size > 1 else None
         ψ, labels = gather(embeddings), gather(labels)
 
         # 1/2 [ L(ψ) + mean_i L(g_i(φ)) ]
@@ -227,7 +229,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         base = metric_loss(
             self.loss, self.miner, ψ, labels, indices_tuple, ref_emb, ref_labels, listed
         )
-        joined = gather.joined(self._project(φ))
+        joined = gather.joined(self._project(φ) if early is None else early)
         projected = {name: full_precision(z) for name, z in joined.items()}
         projected_ref = projected
         if ref_emb is not embeddings:

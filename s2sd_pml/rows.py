@@ -129,9 +129,26 @@ def _follow(
     node: Any, kind: str, output: int, source: Tensor, before: tuple[int, ...] | None
 ) -> Tensor | None:
     """What an operation makes of the rows of its input, whose shape is ``before`` if known."""
+    after = _shape(node, output)
+    rows = _made_of(node, kind, output, source, before, after)
+    if rows is not None and after is not None and (not after or after[0] != len(rows)):
+        raise UnfollowableError(
+            f"{node.name()}, from shape {before} to {after}, made other rows than the captured "
+            f"{len(rows)}."
+        )
+    return rows
+
+
+def _made_of(
+    node: Any,
+    kind: str,
+    output: int,
+    source: Tensor,
+    before: tuple[int, ...] | None,
+    after: tuple[int, ...] | None,
+) -> Tensor | None:
     if hasattr(node, "_saved_self_sym_sizes"):
         before = tuple(node._saved_self_sym_sizes)
-    after = _shape(node, output)
     same_size = before is None or (bool(before) and before[0] == len(source))
     if kind in REDUCES:
         dims = [_from_zero(d, len(before or (0, 0))) for d in _dimensions(node)]

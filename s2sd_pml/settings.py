@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Integral, Real  # NumPy's numbers too
+from numbers import Integral
 from typing import Any
 
 from pytorch_metric_learning import losses
@@ -21,6 +20,7 @@ from .errors import (
     UnsupportedLossError,
 )
 from .heads import check_pooling
+from .ranges import is_weight, positive, whole
 
 NO_PAIRS = (
     "InstanceLoss ManifoldLoss P2SGradLoss PNPLoss RankedListLoss SelfSupervisedLoss VICRegLoss"
@@ -49,8 +49,7 @@ def value_of(name: str, schedule: Any, step: int) -> float:
     value = schedule(step) if callable(schedule) else schedule
     if isinstance(value, Tensor) and value.ndim == 0:
         value = value.item()
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:
+    if not is_weight(value):
         at = f" at step {step}" if callable(schedule) else ""
         raise ArgumentError(
             f"{name}={value!r}{at} must be a finite number of at least 0, or a function of the "
@@ -64,9 +63,7 @@ def scalars(loss: Any) -> None:
     for name in ("weight", "feature_weight"):
         if not callable(getattr(loss, name)):
             value_of(name, getattr(loss, name), 0)
-    t = loss.temperature
-    if not isinstance(t, Real) or isinstance(t, bool) or not 0 < float(t) < math.inf:
-        raise ArgumentError(f"temperature={t!r} must be a finite number above 0.")
+    positive("temperature", loss.temperature)
     whole("feature_delay", loss.feature_delay, at_least=0)
     if loss.chunk_size is not None:
         whole("chunk_size", loss.chunk_size, at_least=1, otherwise=" or None")
@@ -74,14 +71,6 @@ def scalars(loss: Any) -> None:
         if not isinstance(getattr(loss, name), bool):
             raise ArgumentError(f"{name}={getattr(loss, name)!r} must be True or False.")
     check_pooling(loss.pooling)
-
-
-def whole(name: str, value: object, at_least: int, otherwise: str = "") -> None:
-    """Refuse what is not a whole number in range."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < at_least:
-        raise ArgumentError(
-            f"{name}={value!r} must be a whole number of at least {at_least}{otherwise}."
-        )
 
 
 def modules(loss: Any, miner: Any, embedder: Any, trunk: Any, head: Any) -> None:

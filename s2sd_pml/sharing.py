@@ -43,6 +43,8 @@ class SharedIndices:
 
 
 def _lister(loss: nn.Module) -> Any:
+    if getattr(type(loss), "forward", None) is not losses.BaseMetricLossFunction.forward:
+        return None  # it may change the labels
     compute = getattr(type(loss), "compute_loss", None)
     if compute is losses.GenericPairLoss.compute_loss:
         return lmu.get_all_pairs_indices

@@ -176,8 +176,12 @@ REFUSED = {
     "a_row_as_many": lambda net, e: torch.cat([e] * (B // 4), dim=1).select(-2, 3)[:, None],
     "flipped_vector": lambda net, e: e[:, 0].flip(-1)[:, None],
     "a_new_first_dimension": lambda net, e: e.expand(B, B, 4)[:, 0],
+    # one row too few and one too many: their sum is right
+    "rows_made_up_elsewhere": lambda net, e: torch.cat(
+        [torch.cat([e[:1], e[:1]], dim=1).expand(3, 8), e[:4].view(2, 8)]
+    ),
 }
-NEED_SHAPES = {"broadcast_over_rows", "a_new_first_dimension"}
+NEED_SHAPES = {"broadcast_over_rows", "a_new_first_dimension", "rows_made_up_elsewhere"}
 
 
 @pytest.mark.parametrize("how", REFUSED)

@@ -7,6 +7,7 @@ import functools
 import os
 import socket
 import traceback
+import unittest.mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from helpers import F_DIM, D, Model, images, labels
 from pytorch_metric_learning import losses, miners
 from torch.nn.parallel import DistributedDataParallel
 
-from s2sd_pml import S2SDLoss
+from s2sd_pml import S2SDLoss, distributed
 from s2sd_pml.errors import DistributedError, S2SDError
 
 CASES = {
@@ -205,7 +206,12 @@ def disagree_rank(rank):
     call("drop_last", other, embeddings[: 0 if mine else 8], y[: 0 if mine else 8])
     call("must be a floating point tensor", other, "nothing" if mine else embeddings, y)
     features = torch.randn(8, F_DIM)
-    call("whether labels", "whether labels", embeddings, None if mine else y, features=features)
+    types = "type of the labels .*: .torch.int64, None., in rank"
+    call(types, types, embeddings, None if mine else y, features=features)
+    types = "type of the labels .*: .torch.int64, torch.int32., in rank"
+    call(types, types, embeddings, y.int() if mine else y)
+    types = "type of the embeddings: .torch.float32, torch.float64., in rank"
+    call(types, types, embeddings.double() if mine else embeddings, y)
     wide = torch.randn(8, D + rank)
     call(f"embedding size: .{D}, {D + 1}.", "embedding size", wide, y, features=features)
     loss_func.step += rank
@@ -217,6 +223,42 @@ def disagree_rank(rank):
 
 def test_what_one_rank_refuses_all_refuse_and_none_hangs():
     on_ranks(disagree_rank, 2)
+
+
+def failing_head_rank(rank):
+    """One row is too few for batch norm: the rank that has two must not wait for it."""
+    model = Model()
+    loss_func = S2SDLoss(
+        losses.ContrastiveLoss(),
+        embedder=model.embedder,
+        head_dims=(8,),
+        head=lambda f, d: torch.nn.Sequential(torch.nn.Linear(f, d), torch.nn.BatchNorm1d(d)),
+        gather_distributed=True,
+    )
+    error, words = (DistributedError, "rank 1 of 2") if rank == 0 else (ValueError, "more than 1")
+    with pytest.raises(error, match=words):
+        loss_func(model(images(2 - rank)), labels(2 - rank))
+    return {}
+
+
+def test_a_head_that_fails_on_one_rank_stops_the_others():
+    on_ranks(failing_head_rank, 2)
+
+
+def scattered_rank(rank):
+    torch.manual_seed(0)
+    weights, x = torch.randn(2, 6, 4), torch.randn(3, 4, requires_grad=True)
+    with unittest.mock.patch("torch.distributed.get_backend", return_value="nccl"):
+        rows = torch.cat(distributed._AllGather.apply(x, 2))
+        (rows * weights[rank]).sum().backward()
+    expected = weights.sum(dim=0)[3 * rank : 3 * rank + 3]
+    torch.testing.assert_close(x.grad, expected)
+    return {}
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="gloo may scatter no sums before")
+def test_the_gradient_by_reduce_scatter_as_nccl_takes_it():
+    on_ranks(scattered_rank, 2)
 
 
 def unlabelled_rank(rank, *, count):

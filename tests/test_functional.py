@@ -121,7 +121,10 @@ def test_known_cosines_of_teachers_are_used(chunk_size):
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     assert torch.equal(known, before)
-    with pytest.raises(BatchError, match=r"cosines\[1\] has shape \(9, 8\)"):
+    for wrong in ([None], [None] * 3, [None, 3]):
+        with pytest.raises(BatchError, match="cosines have the shapes .* for 2 teachers"):
+            relation_kl(student, teachers, weights=[1.0, 1.0], cosines=wrong)
+    with pytest.raises(BatchError, match=r"cosines have the shapes \[None, \(9, 8\)\]"):
         relation_kl(student, teachers, weights=[1.0, 1.0], cosines=[None, known[:, 1:]])
 
 
@@ -203,6 +206,10 @@ X = torch.randn(4, 3)
         (X, [X], {"rows": (-1, 3)}, ArgumentError, r"\(-1, 3\)"),
         (X, [X], {"rows": (3, 2)}, ArgumentError, r"\(3, 2\)"),
         (X, [X], {"chunk_size": 0}, ArgumentError, "chunk_size=0"),
+        (X, [X], {"rows": (2, 2)}, ArgumentError, r"\(2, 2\).*not empty"),
+        (X, [X], {"rows": (0, 1, 2)}, ArgumentError, r"\(0, 1, 2\)"),
+        (X, [X], {"rows": (0.0, 2.0)}, ArgumentError, r"\(0.0, 2.0\)"),
+        (X, [X], {"weights": torch.ones(1)}, ArgumentError, r"tensor\(\[1.\]\).*a list"),
         (X, [X], {"rows": (2, 5)}, ArgumentError, r"\(2, 5\)"),
     ],
 )

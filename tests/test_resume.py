@@ -164,6 +164,14 @@ def test_a_damaged_or_foreign_file_is_named_and_the_one_before_it_used(
     assert before.name < newest.name
 
 
+def test_later_checkpoints_of_an_abandoned_run_do_not_count_as_kept(tmp_path):
+    kept = []
+    for step in (50, 100, 60, 90):
+        checkpoint.save(tmp_path, "base", step, {}, {"model": torch.nn.Linear(1, 1)})
+        kept.append([int(f.stem[-8:]) for f in checkpoint.files(tmp_path)])
+    assert kept == [[50], [50, 100], [50, 60], [60, 90]]
+
+
 def refused(capsys, folder, *flags):
     with pytest.raises(SystemExit):
         main(folder, *flags)

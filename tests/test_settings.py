@@ -191,6 +191,7 @@ def test_numpy_and_tensor_numbers_are_numbers():
         head_dims=np.array([8, 9]),
         feature_delay=np.int64(0),
         temperature=np.float32(0.5),
+        chunk_size=np.int64(3),
         weight=lambda step: np.float32(2.0),
         feature_weight=lambda step: torch.tensor(2.0),
     )

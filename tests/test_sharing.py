@@ -188,3 +188,26 @@ def test_all_pairs_and_triplets_are_listed_once(monkeypatch, loss, lister, calls
     loss_func = S2SDLoss(loss, feature_dim=5, head_dims=(7, 8, 9))
     loss_func(draw(torch.float32), LABELS, features=torch.randn(B, 5))
     assert len(made) == calls
+
+
+class Coarse(losses.ContrastiveLoss):
+    """Takes two classes for one: pairs listed by the labels that it was given are not its own."""
+
+    def forward(self, embeddings, labels, *args, **kwargs):
+        return super().forward(embeddings, labels // 2, *args, **kwargs)
+
+
+class TakesNoIndices(losses.TripletMarginLoss):
+    def forward(self, embeddings, labels):
+        return super().forward(embeddings, labels)
+
+
+@pytest.mark.parametrize("make", [Coarse, TakesNoIndices])
+def test_a_loss_with_a_forward_of_its_own_lists_for_itself(make):
+    loss_func = S2SDLoss(make(), feature_dim=5, head_dims=(7,))
+    x, features = draw(torch.float32), torch.randn(B, 5)
+    loss_func(x, LABELS, features=features)
+    branch = loss_func.branches["head_7"]
+    assert torch.equal(loss_func.components["base"], make()(x, LABELS).detach())
+    expected = make()(branch.head(features), LABELS).detach()
+    torch.testing.assert_close(loss_func.components["aux_7"], expected)
