@@ -6,6 +6,7 @@ python examples/plain_loop.py
 from __future__ import annotations
 
 import argparse
+import sys
 
 import icons
 import torch
@@ -44,7 +45,7 @@ def train(embedding_size: int = 16, epochs: int = 10) -> Network:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
+        print(f"epoch {epoch + 1}: loss {loss.item():.3f}", file=sys.stderr)
     return model
 
 
