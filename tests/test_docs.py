@@ -11,7 +11,10 @@ import s2sd_pml
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITH_CODE = {"README.md", "index.md", "how-it-works.md", "features.md", "optimizer.md"}
+WITH_CODE = set(
+    "README.md index.md adopt.md authors-code.md faq.md features.md how-it-works.md optimizer.md "
+    "supported.md works-with.md".split()
+)
 
 
 @pytest.mark.filterwarnings("default::s2sd_pml.errors.OptimizerWarning")
