@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from s2sd_pml.errors import ArgumentError, BatchError, S2SDError
 from s2sd_pml.functional import relation_kl, relation_kl_reference
-from s2sd_pml.kernel import GRAM_BLOCK, products
+from s2sd_pml.kernel import CACHED, GRAM_BLOCK, _blocks, products
 
 
 def value_and_grad(function, student, teachers, **kwargs):
@@ -19,6 +19,7 @@ def value_and_grad(function, student, teachers, **kwargs):
     return total.detach(), per_teacher, student.grad
 
 
+@pytest.mark.filterwarnings("error::UserWarning")  # of a result that did not fit its buffer
 @settings(deadline=None, max_examples=60)
 @given(
     batch=st.integers(1, 17),
@@ -184,6 +185,26 @@ def test_a_symmetric_product_costs_little_more_than_half():
         products(x, 0, len(x), out)
     torch.testing.assert_close(out, x @ x.T)
     assert counter.get_total_flops() == 0.625 * 2 * len(x) ** 2 * 8
+
+
+@pytest.mark.parametrize("function", [relation_kl, relation_kl_reference])
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_one_sample_and_no_teachers_cost_nothing(function, exclude_self):
+    kwargs = {"weights": [2.0], "exclude_self": exclude_self}
+    total, _, grad = value_and_grad(function, torch.randn(1, 3), [torch.randn(1, 5)], **kwargs)
+    assert total == 0
+    assert (grad == 0).all()
+    total, each = function(torch.randn(4, 3), [], weights=[])
+    assert total == 0
+    assert each.shape == (0,)
+
+
+def test_blocks_fill_the_cache_and_no_more():
+    x = torch.empty(300, 2000)
+    *full, last = _blocks(x)
+    assert [row for block in [*full, last] for row in range(300)[block]] == list(range(300))
+    assert {CACHED // x[block].numel() for block in full} == {1}
+    assert x[last].numel() <= CACHED
 
 
 X = torch.randn(4, 3)
