@@ -119,8 +119,6 @@ def relation_kl_reference(
                 own = torch.arange(stop - start, device=terms.device)
                 terms = terms.index_put((own, own + start), terms.new_zeros(()))
             divergences.append(temperature**2 * terms.sum(dim=1).mean())
-        if len(student) == 1 or not divergences:  # one sample has no relations to others
-            divergences = [_unit_rows(student).sum() * 0.0 for _ in teachers]
         per_teacher = torch.stack(divergences) if divergences else log_student.new_zeros(0)
         total = (per_teacher * per_teacher.new_tensor(list(weights))).sum()
     return total, per_teacher.detach()
