@@ -150,7 +150,7 @@ def test_a_copied_capture_watches_the_copy_or_the_same_module():
     net = Net()
     capture = FeatureCapture(net.embedder)
     alone = copy.deepcopy(capture)
-    with_net, copied_net = copy.deepcopy([capture, net])
+    copied_net, with_net = copy.deepcopy([net, capture])
     assert (alone.module, with_net.module) == (net.embedder, copied_net.embedder)
     embeddings = copied_net(batch())
     assert with_net.features_of(embeddings) is copied_net.features
