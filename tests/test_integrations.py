@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 
+import nbformat
 import pytest
+import torch
+from nbclient import NotebookClient
 from test_examples import ENVIRONMENT, ROOT, TORCHRUN, command
 
 EXAMPLES = ROOT / "examples"
@@ -52,9 +56,41 @@ def test_an_exported_model_is_searched(tmp_path):
     assert re.search(r"^\| 16 \| [\d.]+ \| [\d.]+ \| 0 \|$", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.4", reason="transformers needs torch 2.4")
+def test_a_text_encoder_learns():
+    flags = ["--steps", "5", "--test-classes", "60"]
+    done = command("examples/sentence_embeddings.py", *flags)
+    assert done.returncode == 0, done.stderr
+    before, after = map(float, re.findall(r"Recall@1 .*: (.*)%$", done.stdout, re.MULTILINE))
+    assert before < after
+
+
+@pytest.mark.parametrize("flags", [(), ("--variant", "msdfa")])
+def test_a_timm_backbone_trains(flags):
+    pytest.importorskip("timm", reason="timm needs a torchvision that fits torch")
+    small = "--backbone mobilenetv3_small_050 --not-pretrained --steps 2 --lr 1e-3".split()
+    done = command("examples/timm_backbone.py", *small, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "Recall@1 on unseen classes" in done.stdout
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*_loop.py")), ids=lambda p: p.stem)
 def test_what_is_added_to_a_loop_is_marked_and_short(path):
     added = [line for line in path.read_text(encoding="utf-8").splitlines() if "# S2SD" in line]
     assert 5 <= len(added) <= 8
     assert any("import S2SDLoss" in line for line in added)
     assert any("add_to" in line for line in added)
+
+
+def test_the_notebook_runs_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(EXAMPLES)]))
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # committed without outputs
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("EPOCHS = 10", "EPOCHS = 1")
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}})
+    client.execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert re.search(r"^S2SD, 16 dimensions +[\d.]+%$", printed, re.MULTILINE)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
