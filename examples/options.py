@@ -164,6 +164,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on from the newest whole checkpoints in --output, with the same settings",
     )
+    add("--no-report", action="store_true", help="no pictures and no report.html")
     add("--quiet", action="store_true", help="no progress bars")
     return main
 

@@ -22,7 +22,8 @@ import s2sd_pml
 COMPONENTS = ("base", "aux", "distill", "feature_distill")
 COLUMNS = ("run", "epoch", "step", "metric", "value", "seconds")
 PROGRESS = ("epoch", "step", "seconds", "recorded", "history")
-WHERE = ("output", "quiet", "checkpoint_every", "resume", "export")  # flags that change no number
+# Flags that change no number.
+WHERE = ("output", "quiet", "checkpoint_every", "resume", "export", "no_report")
 Scores = dict[str, dict[str, float]]
 
 

@@ -5,7 +5,8 @@
     torchrun --nproc_per_node=2 examples/train.py
     python examples/train.py --help
 
-Writes metrics.csv, table.md, recall.png, retrieval.png and config.json to ``--output``.
+Writes metrics.csv, table.md, config.json, pictures, and report.html with all of them, to
+``--output``.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import checkpoint
 import export
 import icons
 import options
+import page
 import plots
 import ranks
 import report
+import spaces
 import torch
 from by_name import make_loss, make_miner
 from evaluate import apply, evaluate, recall_at_k
@@ -211,10 +214,14 @@ def main(argv: list[str] | None = None) -> None:
     ranks.stop()
     if ranks.rank() == 0:
         report.write(args, runs, unseen)
-        plots.recall(runs, args.output / "recall.png")
-        plots.retrieval(runs, unseen, args.output / "retrieval.png", seed=args.seed)
+        if not args.no_report:
+            plots.recall(runs, args.output / "recall.png")
+            plots.retrieval(runs, unseen, args.output / "retrieval.png", seed=args.seed)
+            spaces.draw(runs, seen.to(args.device), unseen, args.output, seed=args.seed)
+            page.write(args.output)
         print(report.title(args, unseen), report.table(runs), sep="\n\n")
-        print(f"\nMetrics, table, pictures and configuration are in {args.output}")
+        print(f"\nMetrics and configuration are in {args.output}", end="")
+        print("" if args.no_report else ", with pictures in report.html")
         if args.export:
             export.write(runs[-1].model, args.export, unseen.images)
             print(f"The {runs[-1].name} model, loaded back and compared, is in {args.export}")

@@ -1,0 +1,77 @@
+"""report.html: one file with all that a run shows, readable in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from test_examples import PICTURES, SMALL
+
+import page  # isort: skip
+import spaces  # isort: skip
+import train  # isort: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("report")
+    torch.set_num_threads(1)
+    train.main([*SMALL, "--quiet", "--output", str(path)])
+    return path
+
+
+def test_it_holds_table_pictures_and_configuration_and_asks_for_nothing(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    table = (folder / "table.md").read_text()
+    for number in re.findall(r"\d+\.\d(?= +\|)", table):
+        assert f"<td>{number}</td>" in text
+    assert "<th>difference</th>" in text
+    images = re.findall(r'<img alt="[^"]+" src="data:image/png;base64,([^"]+)"', text)
+    files = [(folder / name).read_bytes() for name in page.PICTURES]
+    assert [base64.b64decode(image) for image in images] == files
+    assert set(page.PICTURES) == PICTURES
+    config = json.loads(html.unescape(re.search(r"<pre>(.*)</pre>", text, re.DOTALL)[1]))
+    assert config == json.loads((folder / "config.json").read_text())
+    assert not re.findall(r'(?:src|href)="(?!data:)', text)
+    assert "<script" not in text
+
+
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+@pytest.mark.parametrize("size", ["1200,900", "390,844"])
+def test_a_browser_shows_it_without_a_message_and_within_its_width(folder, size, tmp_path):
+    """A copy of the page measures itself, so that the browser can tell."""
+    probe = """<script>addEventListener("load", () => {
+      const images = [...document.images].every(i => i.complete && i.naturalWidth > 0);
+      document.title = [images, document.documentElement.scrollWidth <= innerWidth].join(" ");
+    })</script></body>"""
+    copy = tmp_path / "copy.html"
+    copy.write_text((folder / "report.html").read_text().replace("</body>", probe))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    done = subprocess.run(
+        [BROWSER, *flags, f"--window-size={size}", "--dump-dom", copy.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "<title>true true</title>" in done.stdout
+    assert "CONSOLE" not in done.stderr
+
+
+def test_rho_is_zero_for_equal_directions_and_grows_as_they_vanish():
+    assert spaces.rho(torch.eye(8)) == pytest.approx(0, abs=1e-9)
+    x = torch.randn(200, 8)
+    narrow = x * torch.tensor([1.0] * 4 + [0.05] * 4)
+    assert 0 < spaces.rho(x) < spaces.rho(narrow)
+    # by hand, for singular values 3 and 1: ½ ln(½ / ¾) + ½ ln(½ / ¼)
+    assert spaces.rho(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(0.14384, abs=1e-5)
