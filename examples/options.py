@@ -146,6 +146,7 @@ def parser() -> argparse.ArgumentParser:
 
     add = group("what to run and where to write")
     add("--baseline-only", action="store_true", help="train the base loss alone")
+    add("--s2sd-only", action="store_true", help="train S2SD alone")
     add(
         "--validation",
         action="store_true",
@@ -175,6 +176,8 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
     distils_features = args.variant in ("msdf", "msdfa")
     if args.batch_size % args.per_class:
         main.error(f"--batch-size {args.batch_size} is no multiple of --per-class {args.per_class}")
+    if args.baseline_only and args.s2sd_only:
+        main.error("--baseline-only and --s2sd-only leave nothing to train: give one of them")
     if not distils_features and args.feature_weight is not None:
         main.error(f"--feature-weight is for msdf and msdfa, not for --variant {args.variant}")
     if args.variant == "dsd" and len(args.dims or DIMS[-1:]) > 1:

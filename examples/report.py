@@ -83,7 +83,7 @@ def table(runs: list[Run]) -> str:
     scores = {name: values for run in runs for name, values in run.scores.items()}
     seconds = {run.name: run.seconds for run in runs}
     columns = list(scores)
-    if "S2SD" in columns:
+    if {"base", "S2SD"} <= set(columns):
         columns.insert(2, "difference")
     lines = [["", *columns]]
     for metric in METRICS:

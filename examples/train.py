@@ -186,7 +186,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     seen, unseen = icons.split(icons.load(), args.validation)
-    makers = {"base": base_loss} if args.baseline_only else {"base": base_loss, "S2SD": s2sd_loss}
+    makers = {"base": base_loss, "S2SD": s2sd_loss}
+    if args.baseline_only or args.s2sd_only:
+        del makers["S2SD" if args.baseline_only else "base"]
     folder = args.output / CHECKPOINTS
     try:  # build everything once: what is wrong with the flags shows before any training
         ranks.check(args.device, args.batch_size)

@@ -175,6 +175,7 @@ def test_losses_and_miners_by_name(tmp_path, flags):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--baseline-only", "--s2sd-only"], "leave nothing to train"),
         (["--loss", "TripletMarginLos"], "did you mean TripletMarginLoss"),
         (["--loss-args", "gamma=3"], "does not take gamma: MultiSimilarityLoss(alpha=2"),
         (["--loss-args", "gamma"], "not of the form name=value"),

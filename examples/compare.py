@@ -1,0 +1,219 @@
+"""Compare methods over embedding sizes and seeds, on classes that none of them has seen.
+
+    python examples/compare.py --sizes 8 16 32 --seeds 0 1 2
+    python examples/compare.py --validation --method "T=0.5: --variant msd --temperature 0.5"
+    python examples/compare.py --steps-per-epoch 200   # flags of train.py go to every run
+
+A cell of the grid is one run of train.py. Finished cells are kept in ``--output`` and never run
+again, so a grid can be stopped at any time and grow later. Written from all of them: results.csv
+(a row a cell, with its configuration), recall.png, differences.png and table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import options
+import train
+from evaluate import METRICS
+from scipy.stats import t as student_t
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+BASE = "base"
+METHODS = {
+    BASE: "--baseline-only",
+    "heads, no KL": "--s2sd-only --variant msd --weight 0",
+    "DSD": "--s2sd-only --variant dsd",
+    "MSD": "--s2sd-only --variant msd",
+    "MSDF": "--s2sd-only --variant msdf",
+    "MSDFA": "--s2sd-only --variant msdfa",
+    "base, twice the steps": "--baseline-only --epochs {twice}",
+}
+METRIC = "Recall@1"
+Row = dict[str, Any]
+
+
+def run_cell(flags: list[str], cell: dict[str, Any], path: Path) -> None:
+    """Train one cell and write its row, whole or not at all."""
+    start = time.perf_counter()
+    folder = path.with_suffix("")
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main([*flags, "--quiet", "--no-report", "--threads", "1", "--output", str(folder)])
+    config = json.loads((folder / "config.json").read_text())
+    with open(folder / "metrics.csv", newline="") as file:
+        found = [r for r in csv.DictReader(file) if r["run"] in ("base", "S2SD")]
+    last = {r["metric"]: float(r["value"]) for r in found}
+    row = {**cell, **{m: last[m] for m in METRICS}}
+    row |= {"training_seconds": float(found[-1]["seconds"])}
+    row |= {
+        "wall_seconds": round(time.perf_counter() - start, 1),
+        **config.pop("versions"),
+        **config,
+    }
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(row))
+    os.replace(temporary, path)
+
+
+def grid(args: argparse.Namespace, rest: list[str]) -> dict[Path, tuple[list[str], Row]]:
+    """Every cell by the file of its row; the name is made of all that its numbers depend on."""
+    twice = 2 * options.parser().parse_args(rest).epochs
+    methods = {name: METHODS[name].format(twice=twice) for name in args.methods}
+    for text in args.method:
+        name, colon, flags = text.partition(":")
+        if not colon:
+            raise SystemExit(f"--method {text!r} is not of the form 'name: flags of train.py'")
+        methods[name.strip()] = f"--s2sd-only {flags.strip()}"
+    cells = {}
+    for size in args.sizes:
+        for seed in args.seeds:
+            for name, flags in methods.items():
+                sized = ["--embedding-size", str(size), "--seed", str(seed)]
+                every = [
+                    *rest,
+                    *(["--validation"] if args.validation else []),
+                    *flags.split(),
+                    *sized,
+                ]
+                key = hashlib.sha256(json.dumps(every).encode()).hexdigest()[:12]
+                cell = {"method": name, "size": size, "seed": seed, "flags": " ".join(every)}
+                cells[args.output / "cells" / f"{key}.json"] = (every, cell)
+    return cells
+
+
+def run(cells: dict[Path, tuple[list[str], Row]], workers: int) -> None:
+    """Train what is not there yet."""
+    missing = {path: cell for path, cell in cells.items() if not path.exists()}
+    with (
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+        tqdm(total=len(cells), initial=len(cells) - len(missing), desc="cells") as bar,
+    ):
+        waiting = [pool.submit(run_cell, *cell, path) for path, cell in missing.items()]
+        for done in as_completed(waiting):
+            done.result()
+            bar.update()
+
+
+def interval(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95% confidence interval (Student's t); NaN for one value."""
+    x = np.array(list(values), dtype=float)
+    if len(x) < 2:
+        return float(x.mean()), float("nan")
+    half = student_t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+    return float(x.mean()), float(half)
+
+
+def values(rows: list[Row], method: str, size: int) -> dict[int, float]:
+    """The metric in per cent by seed."""
+    return {r["seed"]: 100 * r[METRIC] for r in rows if (r["method"], r["size"]) == (method, size)}
+
+
+def differences(rows: list[Row], method: str, size: int) -> list[float]:
+    """Method minus base at the same seed."""
+    own, base = values(rows, method, size), values(rows, BASE, size)
+    return [own[seed] - base[seed] for seed in own if seed in base]
+
+
+def table(rows: list[Row]) -> str:
+    """Mean, and in brackets the paired difference to the base loss with its 95% interval."""
+    methods, sizes = names(rows)
+    lines = ["| method | " + " | ".join(map(str, sizes)) + " |", "| --- |" + " ---: |" * len(sizes)]
+    for method in methods:
+        cells = []
+        for size in sizes:
+            mean, _ = interval(values(rows, method, size).values())
+            paired = differences(rows, method, size) if method != BASE else []
+            shift, half = interval(paired) if paired else (0, 0)
+            cells.append(f"{mean:.1f}" + (f" ({shift:+.1f} ± {half:.1f})" if paired else ""))
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def names(rows: list[Row]) -> tuple[list[str], list[int]]:
+    """The methods in the order of the grid, and the sizes."""
+    return list(dict.fromkeys(r["method"] for r in rows)), sorted({r["size"] for r in rows})
+
+
+def draw(rows: list[Row], path: Path, paired: bool) -> None:
+    """The metric, or its paired difference to the base loss, against embedding size."""
+    methods, sizes = names(rows)
+    figure, axes = plt.subplots(figsize=(6.8, 4.4), layout="constrained")
+    for place, method in enumerate(methods):
+        if paired and method == BASE:
+            continue
+        of = differences if paired else (lambda *a: list(values(*a).values()))
+        known = [s for s in sizes if of(rows, method, s)]
+        means, halves = zip(*(interval(of(rows, method, s)) for s in known), strict=True)
+        x = [s * 1.03 ** (place - len(methods) / 2) for s in known]  # side by side
+        axes.errorbar(x, means, np.nan_to_num(halves), fmt=".-", capsize=2, label=method)
+    if paired:
+        axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, map(str, sizes))
+    kind = "minus base, points" if paired else "(%)"
+    axes.set(xlabel="embedding size", ylabel=f"{METRIC} on unseen classes {kind}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def parser() -> argparse.ArgumentParser:
+    """What to compare; what it does not know goes to train.py."""
+    main = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="All other flags are those of train.py.",
+        allow_abbrev=False,  # --seed is not --seeds
+    )
+    add = main.add_argument
+    add("--sizes", type=int, nargs="+", default=[8, 16, 32, 64])
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    add("--methods", nargs="*", choices=METHODS, default=list(METHODS), metavar="NAME")
+    add("--method", action="append", default=[], metavar="'NAME: FLAGS'", help="one of your own")
+    add("--validation", action="store_true", help="evaluate on held-out training classes")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="cells at a time")
+    add("--output", type=Path, default=Path("runs/compare"))
+    return main
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, write and print."""
+    args, rest = parser().parse_known_args(argv)
+    cells = grid(args, rest)
+    (args.output / "cells").mkdir(parents=True, exist_ok=True)
+    run(cells, args.workers)
+
+    rows = [json.loads(path.read_text()) for path in cells]
+    with open(args.output / "results.csv", "w", newline="") as file:
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, args.output / "recall.png", paired=False)
+    if any(r["method"] == BASE for r in rows):
+        draw(rows, args.output / "differences.png", paired=True)
+    (args.output / "table.md").write_text(table(rows) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The grid runner: every cell once, what is finished is kept, the statistics by hand."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+import pytest
+from test_examples import SMALL
+
+import compare  # isort: skip
+
+TINY = [*SMALL[:-2], "--workers", "2", "--seeds", "0", "1", "--sizes", "4", "8"]
+
+
+def rows(folder):
+    with open(folder / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_grid_is_run_once_grows_and_resumes(tmp_path, capsys):
+    flags = ["--output", str(tmp_path), *TINY, "--methods", "base", "MSD"]
+    compare.main(flags)
+    first = rows(tmp_path)
+    assert {(r["method"], r["size"], r["seed"]) for r in first} == {
+        (method, size, seed) for method in ("base", "MSD") for size in "48" for seed in "01"
+    }
+    for row in first:
+        assert 0 < float(row["Recall@1"]) < 1
+        assert row["batch_size"] == "32"
+        assert {"torch", "s2sd_pml", "training_seconds", "wall_seconds", "lr"} <= set(row)
+    assert {p.name for p in tmp_path.glob("*.*")} == {
+        "results.csv",
+        "recall.png",
+        "differences.png",
+        "table.md",
+    }
+    lost = sorted((tmp_path / "cells").glob("*.json"))[3]
+    lost.unlink()  # as if killed before it was written
+    (lost.with_suffix(".tmp")).write_text("half a row")
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").glob("*.json")}
+    compare.main([*flags, "--method", "soft: --variant msd --temperature 4"])
+    assert all(p.stat().st_mtime_ns == t for p, t in times.items())  # none was run again
+    grown = rows(tmp_path)
+    assert len(grown) == 12
+    numbers = ("method", "size", "seed", "Recall@1", "MAP@R")
+    again = [[r[k] for k in numbers] for r in grown if r["method"] != "soft"]
+    assert again == [[r[k] for k in numbers] for r in first]
+    assert {r["temperature"] for r in grown if r["method"] == "soft"} == {"4.0"}
+    table = (tmp_path / "table.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    assert "| soft |" in table
+
+
+def test_another_flag_is_another_cell(tmp_path):
+    def cells(*flags):
+        args = compare_args(["--output", str(tmp_path), *flags])
+        return set(compare.grid(*args))
+
+    assert cells("--validation").isdisjoint(cells())
+    assert cells("--lr", "0.1").isdisjoint(cells())
+    assert cells("--seeds", "0") < cells()
+    found = compare.grid(*compare_args(["--methods", "base, twice the steps", "--epochs", "3"]))
+    assert all("--baseline-only --epochs 6" in cell["flags"] for _, cell in found.values())
+
+
+def compare_args(flags):
+    return compare.parser().parse_known_args(flags)
+
+
+def test_intervals_and_paired_differences_by_hand():
+    mean, half = compare.interval([1.0, 2.0, 3.0, 6.0])
+    # t(0.975, 3) = 3.18245; the deviation is sqrt(14 / 3), over sqrt(4)
+    assert (mean, half) == pytest.approx((3.0, 3.18245 * math.sqrt(14 / 3) / 2), abs=1e-4)
+    assert math.isnan(compare.interval([1.0])[1])
+    results = [
+        {"method": method, "size": 8, "seed": seed, "Recall@1": value / 100}
+        for method, found in {"base": [50, 52, 60], "MSD": [51, 55]}.items()
+        for seed, value in enumerate(found)
+    ]
+    assert compare.differences(results, "MSD", 8) == pytest.approx([1, 3])
+    assert "| MSD | 53.0 (+2.0 ± 12.7) |" in compare.table(results)
+    assert "| base | 54.0 |" in compare.table(results)
+
+
+def test_a_bad_method_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="not of the form"):
+        compare.main(["--output", str(tmp_path), "--method", "no colon"])
