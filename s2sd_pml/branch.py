@@ -85,7 +85,7 @@ def metric_loss(
                 loss(embeddings, **given) if labels is None else loss(embeddings, labels, **given)
             )
         except Exception as error:
-            if not checks.is_refusal(error, labels):
+            if not checks.is_refusal(error, loss, embeddings, labels):
                 raise
             raise checks.refused(loss, miner, embeddings, labels, given, error) from error
     if isinstance(value, dict):

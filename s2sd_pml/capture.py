@@ -101,6 +101,12 @@ class FeatureCapture:
             features = follow_rows(embeddings, self._noted, MAX_NODES)
         except UnfollowableError as error:
             raise MissingFeaturesError(f"{error} {mend}") from None
+        if features is None and self.module is None:
+            raise MissingFeaturesError(
+                "The module whose features were to be captured is deleted. If it was replaced by "
+                "another, put that into the optimizer and assign loss_func.capture = "
+                f"FeatureCapture(<that one>, {self.side!r}). {mend}"
+            )
         if features is None:
             raise MissingFeaturesError(
                 f"No captured forward of {self._describe()} leads to these embeddings of shape "
@@ -130,8 +136,7 @@ class FeatureCapture:
         return _nothing, ()  # the model is no part of a pickled loss
 
     def _describe(self) -> str:
-        module = self.module
-        name = "a deleted module" if module is None else type(module).__name__
+        name = type(self.module).__name__
         return f"the {'embedder' if self.side == 'input' else 'trunk'} {name}"
 
     def _noted(self, node: Any) -> Tensor | None:

@@ -9,6 +9,7 @@ from pytorch_metric_learning import losses
 from torch import Tensor, nn
 
 from .capture import FeatureCapture
+from .cloning import embedding_size_of
 from .errors import BatchError, DistributedError, FeatureShapeError, MissingFeaturesError
 
 
@@ -22,8 +23,13 @@ def floating(x: Any, name: str) -> None:
         raise BatchError(f"{name} must be a dense tensor but is {seen}. Make it dense first.")
 
 
-def batch(embeddings: Any, labels: Any, ref_emb: Any, loss: nn.Module) -> None:
+def batch(embeddings: Any, labels: Any, indices_tuple: Any, ref_emb: Any, loss: nn.Module) -> None:
     """Embeddings (B, D) with labels (B,) or none."""
+    if isinstance(indices_tuple, nn.Module) or getattr(indices_tuple, "ndim", 1) > 1:
+        raise BatchError(
+            f"indices_tuple is a {type(indices_tuple).__name__}. Pass what a miner returns; a "
+            "miner goes into S2SDLoss(..., miner), features go into features=..."
+        )
     floating(embeddings, "embeddings")
     for name, x in (("embeddings", embeddings), ("labels", labels)):
         if getattr(x, "is_meta", False):
@@ -66,10 +72,11 @@ def batch(embeddings: Any, labels: Any, ref_emb: Any, loss: nn.Module) -> None:
 REFUSALS = (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
 
 
-def is_refusal(error: Exception, labels: Tensor | None) -> bool:
+def is_refusal(error: Exception, loss: Any, embeddings: Tensor, labels: Tensor | None) -> bool:
     """Whether a loss refused its batch; a RuntimeError may be lack of memory, or the machine's."""
-    odd_labels = labels is not None and labels.dtype != torch.long
-    return isinstance(error, REFUSALS) or (type(error) is RuntimeError and odd_labels)
+    odd = labels is not None and labels.dtype != torch.long
+    odd |= embedding_size_of(loss) not in (None, embeddings.shape[1])
+    return isinstance(error, REFUSALS) or (type(error) is RuntimeError and odd)
 
 
 def refused(
@@ -84,6 +91,9 @@ def refused(
     names = type(loss).__name__ + ("" if miner is None else f" with {type(miner).__name__}")
     seen = "no labels" if labels is None else f"labels {tuple(labels.shape)} {labels.dtype}"
     mend = "It is called as without S2SDLoss: give it what it takes on its own, leave out the rest."
+    size = embedding_size_of(loss)
+    if size not in (None, embeddings.shape[1]):
+        mend = f"The loss is made for embeddings of size {size}. {mend}"
     if labels is not None and labels.dtype != torch.long:
         mend = f"Try labels.long(). {mend}"
     return BatchError(

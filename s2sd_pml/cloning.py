@@ -137,6 +137,13 @@ def _redraw(loss: nn.Module, embedding_size: int, inner: list[nn.Module]) -> Non
         setattr(loss, spec.size_attribute, embedding_size)
 
 
+def embedding_size_of(loss: nn.Module) -> int | None:
+    """The size that a loss's own parameter is made for; None if it has none that depends on it."""
+    spec = _nearest(EMBEDDING_AXES, loss)
+    parameter = None if spec is None else getattr(loss, spec.parameter, None)
+    return None if spec is None or parameter is None else int(parameter.shape[spec.axis])
+
+
 def clone_miner(miner: nn.Module) -> nn.Module:
     """An independent copy of a PML miner, without the state of what was mined before."""
     clone = copy.deepcopy(miner)

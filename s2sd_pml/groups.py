@@ -32,7 +32,8 @@ def add(
         raise OptimizerError(
             f"A scheduler was built already for this {type(optimizer).__name__} with "
             f"{len(optimizer.param_groups)} groups and would not know new ones. "
-            "Call loss_func.add_to(optimizer) before you build the scheduler."
+            "Call loss_func.add_to(optimizer) before you build the scheduler, and before you load "
+            "a state that had one."
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for group in new_groups:

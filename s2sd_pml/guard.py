@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections import deque
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import OptimizerWarning
@@ -14,6 +17,7 @@ from .errors import OptimizerWarning
 PATIENCE = 5  # optimizer steps of the model that the heads may sit out
 MAX_NODES = 400
 LEAVES = 8
+INSIDE = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 
 
 class OptimizerGuard:
@@ -79,11 +83,19 @@ class OptimizerGuard:
             "or build the optimizer over [*model.parameters(), *loss_func.parameters()]; with a "
             "PML trainer pass an optimizer over loss_func.parameters() as 'metric_loss_optimizer'.",
             OptimizerWarning,
-            stacklevel=2,
+            stacklevel=_outside(),
         )
 
     def __getstate__(self) -> dict[str, Any]:
         return OptimizerGuard().__dict__  # a copied or unpickled loss watches anew
+
+
+def _outside() -> int:
+    """The stack level, for the caller, of the first frame that is neither ours nor torch's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _parameters_behind(embeddings: Tensor) -> list[Tensor]:

@@ -208,7 +208,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         if isinstance(self.loss, SelfSupervisedLoss) and ref_emb is None:
             labels, ref_emb = None, labels  # that loss is called with (embeddings, ref_emb)
         if not self.training:
-            checks.batch(embeddings, labels, ref_emb, self.loss)
+            checks.batch(embeddings, labels, indices_tuple, ref_emb, self.loss)
             args = (labels, indices_tuple, ref_emb, ref_labels)
             loss = metric_loss(self.loss, self.miner, embeddings, *args)
             return self._finish(loss, loss, [], loss.new_zeros(0))
@@ -217,7 +217,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         gather = distributed.Gather(self.gather_distributed)
         with gather.agreement(embeddings, labels, step):
             settings.scalars(self)  # they may be set between steps
-            checks.batch(embeddings, labels, ref_emb, self.loss)
+            checks.batch(embeddings, labels, indices_tuple, ref_emb, self.loss)
             checks.gatherable(gather.world_size, indices_tuple, ref_emb)
             φ = self._features(features, embeddings, "features")
             # a head may refuse its batch too; alone, the base loss comes first

@@ -87,6 +87,11 @@ def modules(loss: Any, miner: Any, embedder: Any, trunk: Any, head: Any) -> None
     if miner is not None and not isinstance(miner, nn.Module):
         hint = " Pass an instance." if isinstance(miner, type) else ""
         raise ArgumentError(f"miner={miner!r} must be a PML miner or None.{hint}")
+    if isinstance(miner, (nn.Linear, nn.Sequential, nn.modules.conv._ConvNd)):
+        raise ArgumentError(
+            f"miner={type(miner).__name__} is a layer of a model. Did you mean "
+            "embedder=<the layer>, or trunk=<the trunk>?"
+        )
     if isinstance(miner, DistributedMinerWrapper):
         raise UnsupportedLossError(
             "The miner is a DistributedMinerWrapper. Pass the miner inside it and "
@@ -129,8 +134,8 @@ def feature_dim(
             else "neither embedder nor trunk was given"
         )
         raise ArgumentError(
-            f"The feature dimension is unknown: {seen}. Pass feature_dim=<width of the trunk's "
-            "pooled output>, or embedder=<the nn.Linear that makes the embeddings>."
+            f"The feature dimension is unknown: {seen}. Pass embedder=<the nn.Linear that makes "
+            "the embeddings>, or feature_dim=<width of the trunk's pooled output>."
         )
     return inferred
 

@@ -142,6 +142,12 @@ REFUSED = {
     "zero width": ((X[:, :0], labels()), BatchError, r"\(24, 0\)"),
     "meta": ((X.to("meta"), labels()), BatchError, "embeddings are on the meta device"),
     "meta labels": ((X, labels().to("meta")), BatchError, "labels are on the meta device"),
+    "a miner as pairs": (
+        (X, labels(), miners.BatchHardMiner()),
+        BatchError,
+        "BatchHardMiner.*miner",
+    ),
+    "features as pairs": ((X, labels(), PHI), BatchError, "indices_tuple is a Tensor.*features="),
     "nan labels": ((X, labels() * float("nan")), BatchError, "24 of the 24 labels are NaN"),
 }
 REFUSED_FEATURES = {
@@ -158,6 +164,12 @@ def test_what_is_no_batch(case):
     args, error, words = REFUSED[case]
     with pytest.raises(error, match=words):
         with_features()(*args, features=PHI)
+
+
+def test_embeddings_of_another_size_than_the_losss():
+    loss_func = with_features(loss=losses.ArcFaceLoss(6, D + 1))
+    with pytest.raises(BatchError, match=f"ArcFaceLoss.*is made for embeddings of size {D + 1}"):
+        loss_func(X, labels(), features=PHI)
 
 
 @pytest.mark.parametrize("case", REFUSED_FEATURES)
@@ -272,7 +284,7 @@ def test_a_loss_refuses_another_models_embeddings_and_takes_them_with_features()
 def test_an_embedder_replaced_after_the_loss_was_built_is_refused():
     model, loss_func = make()
     model.embedder = nn.Linear(F_DIM, D)
-    with pytest.raises(MissingFeaturesError, match="a deleted module"):
+    with pytest.raises(MissingFeaturesError, match="replaced by another.*FeatureCapture"):
         loss_func(model(images()), labels())
 
 

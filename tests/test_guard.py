@@ -43,6 +43,7 @@ def test_forgotten_heads_are_told_once_with_the_mend(accumulate):
     for words in ("2 of the 2", "head_8, head_9", "loss_func.add_to(optimizer)"):
         assert words in text
     assert "metric_loss_optimizer" in text
+    assert caught[0].filename == __file__  # it points to the call in the user's loop
 
 
 def test_it_comes_after_five_steps_of_the_model():

@@ -28,6 +28,7 @@ BAD = {
     "class": ((losses.TripletMarginLoss,), {}, ArgumentError, "is a class. Pass an instance"),
     "no_loss": ((3,), {}, ArgumentError, "loss=3"),
     "miner_class": ((LOSS, miners.HDCMiner), {}, ArgumentError, "Pass an instance"),
+    "miner_layer": ((LOSS, LINEAR), {}, ArgumentError, "Linear is a layer.*embedder="),
     "miner_type": ((LOSS, "hard"), {}, ArgumentError, "miner='hard'"),
     "both": ((LOSS,), {"trunk": CONV}, ArgumentError, "Both embedder=Linear and trunk=Conv2d"),
     "embedder_type": ((LOSS,), {"embedder": "fc"}, ArgumentError, "embedder='fc'"),
