@@ -1,7 +1,7 @@
 """The project's checks: `nox` runs the quick ones and the tests, `nox -l` lists all.
 
-A session makes its own virtual environment (reuse them with `nox -R`) and installs torch from where
-pip is configured to take it. Arguments behind `--` go to pytest: `nox -s tests-3.12 -- -k capture`.
+Each makes its own virtual environment (reuse it with `nox -R`) and installs torch from where pip is
+configured to take it. Arguments behind `--` go to pytest: `nox -s tests-3.12 -- -k capture`.
 """
 
 import nox
