@@ -58,6 +58,7 @@ def run_cell(flags: list[str], cell: dict[str, Any], path: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         train.main([*flags, "--quiet", "--no-report", "--threads", "1", "--output", str(folder)])
     config = json.loads((folder / "config.json").read_text())
+    del config["output"]  # no number depends on it
     with open(folder / "metrics.csv", newline="") as file:
         found = [r for r in csv.DictReader(file) if r["run"] in ("base", "S2SD")]
     last = {r["metric"]: float(r["value"]) for r in found}
