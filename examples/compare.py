@@ -75,7 +75,7 @@ def run_cell(flags: list[str], cell: dict[str, Any], path: Path) -> None:
 
 
 def grid(args: argparse.Namespace, rest: list[str]) -> dict[Path, tuple[list[str], Row]]:
-    """Every cell by the file of its row; the name is made of all that its numbers depend on."""
+    """Every cell by the file of its row, named after its flags; versions stand in the row."""
     twice = 2 * options.parser().parse_args(rest).epochs
     methods = {name: METHODS[name].format(twice=twice) for name in args.methods}
     for text in args.method:
