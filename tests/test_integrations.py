@@ -58,11 +58,11 @@ def test_an_exported_model_is_searched(tmp_path):
 
 @pytest.mark.skipif(torch.__version__ < "2.4", reason="transformers needs torch 2.4")
 def test_a_text_encoder_learns():
-    flags = ["--steps", "5", "--test-classes", "60"]
+    flags = ["--steps", "20", "--test-classes", "60"]
     done = command("examples/sentence_embeddings.py", *flags)
     assert done.returncode == 0, done.stderr
     before, after = map(float, re.findall(r"Recall@1 .*: (.*)%$", done.stdout, re.MULTILINE))
-    assert before < after
+    assert before + 2 < after  # 23.0 and 29.9 where this was written
 
 
 @pytest.mark.parametrize("flags", [(), ("--variant", "msdfa")])
