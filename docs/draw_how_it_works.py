@@ -24,6 +24,7 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "examples"))
 
 import icons  # noqa: E402
+from images import Batches  # noqa: E402
 from network import Network  # noqa: E402
 
 from s2sd_pml import S2SDLoss  # noqa: E402
@@ -64,8 +65,8 @@ def trained_batch() -> tuple[Tensor, dict[str, Tensor]]:
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     loss_func.add_to(optimizer)
-    for images, labels in icons.batches(data, 128, 4, steps=300, seed=0):
-        loss = loss_func(model(images), labels)
+    for rows, _ in Batches(data.labels, 128, 4, steps=300, seed=0):
+        loss = loss_func(model(data.images[rows]), data.labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

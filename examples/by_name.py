@@ -12,7 +12,7 @@ from torch import nn
 
 
 def make_loss(name: str, given: dict[str, Any], num_classes: int, embedding_size: int) -> nn.Module:
-    """A loss; the sizes that its constructor demands are filled in."""
+    """A loss; the sizes that its constructor demands are filled in, and those given as "auto"."""
     sizes = {
         "num_classes": num_classes,
         "embedding_size": embedding_size,
@@ -48,6 +48,7 @@ def _make(module: ModuleType, name: str, given: dict[str, Any], known: dict[str,
         complaint = f"does not take {unknown[0]}" if unknown else f"needs {', '.join(missing)}"
         raise ValueError(f"{name} {complaint}: {signature}")
     filled = {k: known[k] for k, p in parameters.items() if k in known and p.default is p.empty}
+    given = {k: known[k] if v == "auto" and k in known else v for k, v in given.items()}
     try:
         instance: nn.Module = classes[name](**{**filled, **given})
     except Exception as error:

@@ -1,11 +1,16 @@
-"""Retrieval and clustering metrics: every image is a query, all the others are the gallery."""
+"""Retrieval and clustering metrics.
+
+Without a gallery every image is a query, and all the others are the gallery.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from images import BATCH, Images
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
@@ -14,29 +19,66 @@ from torch import Tensor, nn
 
 KS = (1, 2, 4, 8)
 METRICS = (*(f"Recall@{k}" for k in KS), "MAP@R", "NMI")
+ROWS = 2048  # of the similarity matrix held at once
 
 
 @torch.no_grad()
-def apply(module: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+def apply(module: nn.Module, images: Tensor | Images, workers: int = 0) -> Tensor:
     """The module's output for all images, in evaluation mode."""
+    return spaces_of(module, lambda x: {"": module(x)}, images, workers)[""]
+
+
+@torch.no_grad()
+def spaces_of(
+    module: nn.Module,
+    function: Callable[[Tensor], dict[str, Tensor]],
+    images: Tensor | Images,
+    workers: int = 0,
+) -> dict[str, Tensor]:
+    """What a function makes of all images, batch by batch, with the module in evaluation mode."""
     was_training = module.training
+    device = next(module.parameters()).device
+    batches: Any = images.split(BATCH) if isinstance(images, Tensor) else _loaded(images, workers)
     module.eval()
-    outputs = torch.cat([module(batch) for batch in images.split(batch_size)])
+    made = [function(batch.to(device)) for batch in batches]
     module.train(was_training)
-    return outputs
+    return {name: torch.cat([outputs[name] for outputs in made]) for name in made[0]}
 
 
-def nearest(embeddings: Tensor, k: int) -> Tensor:
-    """Indices (N, k) of the k most similar others of every row, by cosine, best first."""
-    normalised = F.normalize(embeddings, dim=1)
-    similarity = normalised @ normalised.T
-    similarity.fill_diagonal_(-torch.inf)
-    return similarity.topk(k, dim=1).indices
+def _loaded(images: Images, workers: int) -> Any:
+    return (batch for batch, _ in images.loader(workers))
 
 
-def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
-    """Recall@K of metric learning: the share of queries with a hit among their K nearest."""
-    hits = labels[nearest(embeddings, max(ks))] == labels[:, None]
+def nearest(embeddings: Tensor, k: int, gallery: Tensor | None = None) -> Tensor:
+    """Indices (N, k) of the k most similar of the gallery, by cosine, best first.
+
+    Without a gallery they are of the other rows.
+    """
+    queries = F.normalize(embeddings, dim=1)
+    others = queries if gallery is None else F.normalize(gallery, dim=1)
+    found = []
+    for first in range(0, len(queries), ROWS):
+        similarity = queries[first : first + ROWS] @ others.T
+        if gallery is None:
+            similarity.diagonal(first).fill_(-torch.inf)
+        found.append(similarity.topk(k, dim=1).indices)
+    return torch.cat(found)
+
+
+def recall_at_k(
+    embeddings: Tensor,
+    labels: Tensor,
+    ks: Sequence[int] = KS,
+    gallery: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, float]:
+    """Recall@K of metric learning: the share of queries with a hit among their K nearest.
+
+    Args:
+        gallery: embeddings and labels of what is searched, if that is another set.
+    """
+    searched, theirs = gallery or (None, labels)
+    found = nearest(embeddings, max(ks), searched)
+    hits = theirs.to(found.device)[found] == labels.to(found.device)[:, None]
     return {f"Recall@{k}": hits[:, :k].any(dim=1).float().mean().item() for k in ks}
 
 
@@ -46,19 +88,26 @@ def kmeans(embeddings: Tensor, clusters: int) -> Tensor:
     return torch.from_numpy(model.fit_predict(embeddings.double().cpu().numpy()))
 
 
-def evaluate(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-    """All of ``METRICS``, as fractions of 1."""
+def evaluate(
+    embeddings: Tensor, labels: Tensor, gallery: tuple[Tensor, Tensor] | None = None
+) -> dict[str, float]:
+    """All of ``METRICS``, as fractions of 1. NMI is that of the queries."""
     embeddings = F.normalize(embeddings, dim=1)
+    labels = labels.to(embeddings.device)
+    reference = {}
+    if gallery:
+        searched = F.normalize(gallery[0], dim=1)
+        reference = {"reference": searched, "reference_labels": gallery[1].to(labels.device)}
     calculator = AccuracyCalculator(
         include=("mean_average_precision_at_r", "NMI"),
         k="max_bin_count",
         device=embeddings.device,
-        knn_func=CustomKNN(CosineSimilarity()),
+        knn_func=CustomKNN(CosineSimilarity(), batch_size=ROWS),
         kmeans_func=kmeans,
     )
-    scores = calculator.get_accuracy(embeddings, labels)
+    scores = calculator.get_accuracy(embeddings, labels, **reference)
     return {
-        **recall_at_k(embeddings, labels),
+        **recall_at_k(embeddings, labels, gallery=gallery),
         "MAP@R": scores["mean_average_precision_at_r"],
         "NMI": float(scores["NMI"]),
     }

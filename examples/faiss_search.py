@@ -18,6 +18,7 @@ import faiss
 import icons
 import plain_loop
 import torch
+from augment import RandomAffine
 from evaluate import apply
 from network import Network
 
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=20)
     args = parser.parse_args()
     _, unseen = icons.split(icons.load())
-    augment = icons.RandomAffine(seed=1)
+    augment = RandomAffine(seed=1)
     copies = [augment(unseen.images) for _ in range(args.copies)]
     gallery = torch.cat([unseen.images, *copies])
     drawing = torch.arange(len(unseen.images)).repeat(1 + args.copies)

@@ -1,42 +1,57 @@
-"""A small convolutional network with the two parts that metric learning speaks of."""
+"""A network with the two parts that metric learning speaks of: a trunk and an embedder."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import backbones
 import torch
-from ranks import BatchNorm2d
 from torch import Tensor, nn
 
 
-def block(inputs: int, outputs: int, *, pool: bool = True) -> nn.Sequential:
-    """Convolution, max pooling by two if asked, batch norm, ReLU: pooled early, for speed."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False),
-        nn.MaxPool2d(2) if pool else nn.Identity(),
-        BatchNorm2d(outputs),
-        nn.ReLU(),
-    )
-
-
 class Network(nn.Module):
-    """Images (B, 1, 32, 32) -> trunk: map (B, 128, 4, 4) -> mean -> embedder: (B, D).
+    """Images (B, C, H, W) -> trunk: map (B, F, h, w) -> mean -> embedder: (B, D).
 
     The embeddings are not normalised: PML's losses do that by their own distance.
     """
 
-    def __init__(self, embedding_size: int, width: int = 16) -> None:
+    def __init__(
+        self,
+        embedding_size: int,
+        backbone: str = "cnn",
+        *,
+        channels: int = 1,
+        image_size: int = 32,
+        pretrained: bool = False,
+        weights: Path | None = None,
+        freeze_bn: bool = False,
+    ) -> None:
         super().__init__()
         self.embedding_size = embedding_size
-        self.width = width
-        self.trunk = nn.Sequential(
-            block(1, width),
-            block(width, 2 * width),
-            block(2 * width, 4 * width),
-            block(4 * width, 8 * width, pool=False),
-        )
-        self.embedder = nn.Linear(8 * width, embedding_size)
-        self.to(memory_format=torch.channels_last)  # the faster layout on CPU
+        self.description = {
+            "embedding_size": embedding_size,
+            "backbone": backbone,
+            "channels": channels,
+            "image_size": image_size,
+        }
+        self.freeze_bn = freeze_bn
+        self.trunk = backbones.make(backbone, pretrained, weights, channels)
+        self.embedder = nn.Linear(backbones.width(self.trunk, channels, image_size), embedding_size)
+        self.to(memory_format=torch.channels_last)  # the faster layout of convolutions
+
+    def train(self, mode: bool = True) -> Network:
+        super().train(mode)
+        if self.freeze_bn:
+            for module in self.trunk.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()  # statistics of its pretraining; its scale and shift do learn
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.trunk(images).mean(dim=(2, 3))
-        embeddings: Tensor = self.embedder(features)
+        embeddings: Tensor = self.embedder(pool(self.trunk(images)))
         return embeddings
+
+
+def pool(features: Tensor) -> Tensor:
+    """The mean of a map (B, F, h, w); features that are pooled already stay."""
+    return features.mean(dim=(2, 3)) if features.ndim == 4 else features

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import argparse
 import ast
+import sys
 import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+import config
 import ranks
 import torch
+from backbones import MAKERS
+from image_sets import SETS
 
 DIMS = (256, 512)
 FEATURE_WEIGHT = 10.0
 EPILOG = """\
-The paper's settings (ResNet50 on CUB200-2011 and Cars196, 150 epochs) are
-  --variant msdf --dims 512 1024 1536 2048 --temperature 1 --weight 50 --feature-weight 50
-  --feature-delay 1000 --lr 1e-5 --weight-decay 4e-4 --batch-size 112 --per-class 2
-The defaults above are for a network of 0.1 million parameters, trained for half a minute. The
-schedule and the weights were chosen on classes held out from training, as --validation does; the
-other settings are first choices. Results repeat exactly at the same number of --threads only.
+Reproduce a row of the paper, CUB200-2011 with ResNet50 and 128 dimensions, on your images:
+  python examples/train.py --recipe cub-r50-128-msim --root DIR
+See what it would do first with --dry-run, and try it on fewer epochs: later flags win. The other
+recipes, files in examples/recipes, are
+  {recipes}
+
+They hold the paper's settings: --variant msdfa --dims 512 1024 1536 2048 --weight 50
+--feature-weight 50 --feature-delay 1000 --lr 1e-5 --weight-decay 4e-4 --batch-size 112 and so on.
+Without a recipe the settings are for a network of 0.1 million parameters, trained for half a
+minute on icons-400. The schedule and the weights were chosen on classes held out from training, as
+--validation does; the other settings are first choices. Results repeat exactly at the same number
+of --threads only.
 
 torchrun --nproc_per_node=2 examples/train.py does the same on two processes, with the same flags.
 """
@@ -43,6 +53,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def switch(default: bool = False) -> dict[str, Any]:
+    """A flag with its negation, so that a file's can be taken back."""
+    return {"action": argparse.BooleanOptionalAction, "default": default}
+
+
 class Parser(argparse.ArgumentParser):
     """Rank 0 speaks for all."""
 
@@ -59,28 +74,80 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """All flags, with the defaults of the demonstration."""
     main = Parser(
-        description="Train a base loss and S2SD on icons-400 with the same seed and budget, and "
-        "compare them on unseen classes.",
-        epilog=EPILOG,
+        description="Train a base loss and S2SD with the same seed and budget, and compare them on "
+        "unseen classes.",
+        epilog=EPILOG.format(recipes="\n  ".join(config.names())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # a recipe's flags must not change what an abbreviation means
     )
+    for flags in (_files, _data, _network, _base_loss, _s2sd, _training, _machine, _output):
+        flags(main)
+    return main
 
-    def group(title: str) -> Any:
-        return main.add_argument_group(title).add_argument
 
-    pairs = {"type": key_value, "nargs": "+", "default": [], "metavar": "NAME=VALUE"}
-    add = group("base loss, by class name of pytorch-metric-learning")
-    add("--loss", default="MultiSimilarityLoss", metavar="CLASS", help="default: %(default)s")
-    add("--loss-args", **pairs, help="keyword arguments, such as alpha=2 beta=50")
+def _files(main: argparse.ArgumentParser) -> None:
+    add = main.add_argument_group("settings from files; flags given beside them win").add_argument
+    add("--recipe", metavar="NAME", help="one of those below")
+    add("--config", type=Path, metavar="FILE", help="of your own: YAML, flag: value")
+    add("--dry-run", **switch(), help="print settings and counts of the data, and end")
+
+
+def _data(main: argparse.ArgumentParser) -> None:
+    add = main.add_argument_group("data").add_argument
+    add("--dataset", choices=SETS, default="icons400", help="default: %(default)s")
+    add("--root", type=Path, help="folder or table of the images; for emoji, the cache")
+    add("--image-size", type=positive, help="pixels of files; default: 224")
+    add("--workers", type=int, default=0, help="processes that load; default: %(default)s")
     add(
-        "--miner",
-        default="MultiSimilarityMiner",
-        metavar="CLASS",
-        help="or none; default: %(default)s",
+        "--validation",
+        **switch(),
+        help="evaluate on a fifth of the training classes, held out, to choose settings",
     )
+    add(
+        "--choose-epoch",
+        **switch(),
+        help="hold out a fifth of the training classes; test the epoch that is best on them",
+    )
+
+
+def _network(main: argparse.ArgumentParser) -> None:
+    add = main.add_argument_group("network").add_argument
+    add(
+        "--backbone",
+        default="cnn",
+        metavar="NAME",
+        help=f"{', '.join(MAKERS)} or a name of timm; default: %(default)s",
+    )
+    add("--embedding-size", type=positive, default=16, help="default: %(default)s, paper: 128")
+    add("--weights", type=Path, metavar="FILE", help="state_dict of the backbone")
+    add(
+        "--pretrained",
+        **switch(True),
+        help="the backbone's own weights; default: yes",
+    )
+    add(
+        "--freeze-bn",
+        **switch(),
+        help="keep the statistics of batch norm, as the paper does",
+    )
+
+
+def _base_loss(main: argparse.ArgumentParser) -> None:
+    group = main.add_argument_group("base loss, by class name of pytorch-metric-learning")
+    add = group.add_argument
+    pairs = {"type": key_value, "nargs": "+", "default": [], "metavar": "NAME=VALUE"}
+    add("--loss", default="MultiSimilarityLoss", metavar="CLASS", help="default: %(default)s")
+    add(
+        "--loss-args",
+        **pairs,
+        help="keyword arguments, such as alpha=2 beta=50; num_classes=auto is the data's",
+    )
+    add("--miner", default="MultiSimilarityMiner", metavar="CLASS", help="or none; as above")
     add("--miner-args", **pairs, help="keyword arguments, such as epsilon=0.1")
 
-    add = group("S2SD")
+
+def _s2sd(main: argparse.ArgumentParser) -> None:
+    add = main.add_argument_group("S2SD").add_argument
     add(
         "--variant",
         default="msdf",
@@ -95,64 +162,80 @@ def parser() -> argparse.ArgumentParser:
         help=f"dimensions of the heads; default: {' '.join(map(str, DIMS))}, or the last for dsd",
     )
     add("--temperature", type=float, default=1.0, help="default: %(default)s")
-    add(
-        "--weight",
-        type=float,
-        default=10.0,
-        help="of the heads' distillation; default: %(default)s, paper: 50",
-    )
-    add(
-        "--feature-weight",
-        type=float,
-        help=f"of feature distillation; default: {FEATURE_WEIGHT}, paper: 50",
-    )
+    add("--weight", type=float, default=10.0, help="γ; default: %(default)s, paper: 50")
+    add("--feature-weight", type=float, help=f"γ_f; default: {FEATURE_WEIGHT}, paper: 50")
     add(
         "--feature-delay",
         type=int,
         default=100,
         help="step at which feature distillation starts; default: %(default)s, paper: 1000",
     )
-    add("--exclude-self", action="store_true", help="leave self-similarities out of the softmaxes")
+    add(
+        "--exclude-self",
+        **switch(),
+        help="leave self-similarities out of the softmaxes",
+    )
 
-    add = group("training, the same for both runs")
-    add("--epochs", type=positive, default=20, help="default: %(default)s")
-    add("--steps-per-epoch", type=positive, default=50, help="default: %(default)s")
+
+def _training(main: argparse.ArgumentParser) -> None:
+    add = main.add_argument_group("training, the same for both runs").add_argument
+    add("--epochs", type=positive, default=20, help="default: %(default)s, paper: 150")
+    add(
+        "--steps-per-epoch",
+        type=positive,
+        help="default: as many batches as the images fill; 50 for icons400",
+    )
     add(
         "--batch-size",
         type=positive,
         default=128,
         help="of all processes together; default: %(default)s, paper: 112",
     )
-    add(
-        "--per-class",
-        type=positive,
-        default=4,
-        help="images of a class in a batch; default: %(default)s, paper: 2",
-    )
+    add("--per-class", type=positive, default=4, help="in a batch; default: %(default)s, paper: 2")
+    add("--accumulate", type=positive, default=1, metavar="N", help="batches of a step; default: 1")
+    add("--optimizer", choices=("adam", "adamw"), default="adam", help="default: %(default)s")
     add("--lr", type=float, default=3e-3, help="default: %(default)s, paper: 1e-5")
-    add(
-        "--schedule",
-        choices=("cosine", "constant"),
-        default="cosine",
-        help="of the learning rate; default: %(default)s, paper: constant",
-    )
+    add("--embedder-lr", type=float, help="of the embedder; default: --lr")
     add("--head-lr", type=float, help="of the auxiliary heads; default: --lr")
     add("--loss-lr", type=float, help="of proxies and other loss parameters; default: --lr")
     add("--weight-decay", type=float, default=4e-4, help="of the network; default: %(default)s")
-    add("--embedding-size", type=positive, default=16, help="default: %(default)s")
+    add("--head-weight-decay", type=float, default=0.0, help="default: %(default)s")
+    add(
+        "--schedule",
+        choices=("cosine", "constant", "multistep"),
+        default="cosine",
+        help="of the learning rate; default: %(default)s, paper: constant",
+    )
+    add("--warmup", type=int, default=0, metavar="STEPS", help="a linear rise; default: none")
+    add("--milestones", type=positive, nargs="+", default=[], metavar="EPOCH", help="of multistep")
+    add("--lr-gamma", type=float, default=0.3, help="of multistep; default: %(default)s")
+    add("--clip-grad", type=float, metavar="NORM", help="of the network's gradient")
+    add("--ema", type=float, metavar="DECAY", help="test the moving average of the network")
     add("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def _machine(main: argparse.ArgumentParser) -> None:
+    add = main.add_argument_group("machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=positive, help="CPU threads of PyTorch; default: its own choice")
-
-    add = group("what to run and where to write")
-    add("--baseline-only", action="store_true", help="train the base loss alone")
-    add("--s2sd-only", action="store_true", help="train S2SD alone")
+    add("--amp", choices=("none", "bf16", "fp16"), default="none", help="default: %(default)s")
     add(
-        "--validation",
-        action="store_true",
-        help="hold out 40 training classes and evaluate on them, to choose settings",
+        "--channels-last",
+        **switch(True),
+        help="layout of the network's tensors; default: yes",
     )
-    add("--output", type=Path, default=Path("runs/icons400"), help="default: %(default)s")
+    add(
+        "--compile",
+        **switch(),
+        help="torch.compile the trunk",
+    )
+
+
+def _output(main: argparse.ArgumentParser) -> None:
+    add = main.add_argument_group("what to run and where to write").add_argument
+    add("--baseline-only", **switch(), help="train the base loss alone")
+    add("--s2sd-only", **switch(), help="train S2SD alone")
+    add("--output", type=Path, help="default: runs/DATASET")
     add("--export", type=Path, metavar="FILE", help="write the deployable model, without heads")
     add(
         "--checkpoint-every",
@@ -162,30 +245,43 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--resume",
-        action="store_true",
+        **switch(),
         help="go on from the newest whole checkpoints in --output, with the same settings",
     )
-    add("--no-report", action="store_true", help="no pictures and no report.html")
-    add("--quiet", action="store_true", help="no progress bars")
-    return main
+    add("--wandb", metavar="PROJECT", help="log to Weights & Biases as well")
+    add("--report", **switch(True), help="pictures and report.html; default: yes")
+    add("--quiet", **switch(), help="no progress bars")
 
 
 def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Parse, fill in what depends on other flags, and refuse contradictions."""
-    args = main.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = main.parse_args(config.command_line(argv))
+    except ValueError as error:
+        main.error(str(error))
     distils_features = args.variant in ("msdf", "msdfa")
-    if args.batch_size % args.per_class:
-        main.error(f"--batch-size {args.batch_size} is no multiple of --per-class {args.per_class}")
     if args.baseline_only and args.s2sd_only:
         main.error("--baseline-only and --s2sd-only leave nothing to train: give one of them")
+    if args.validation and args.choose_epoch:
+        main.error("--validation tests no epoch on the test classes, --choose-epoch does: give one")
     if not distils_features and args.feature_weight is not None:
         main.error(f"--feature-weight is for msdf and msdfa, not for --variant {args.variant}")
     if args.variant == "dsd" and len(args.dims or DIMS[-1:]) > 1:
         main.error("--variant dsd has one head: give one of --dims, or use --variant msd")
+    if (args.schedule == "multistep") != bool(args.milestones):
+        main.error("--schedule multistep and --milestones EPOCH ... go together")
+    if args.weights is not None and not args.weights.exists():
+        main.error(f"--weights {args.weights} does not exist")
     args.dims = args.dims or (DIMS[-1:] if args.variant == "dsd" else DIMS)
     if args.feature_weight is None:
         args.feature_weight = FEATURE_WEIGHT if distils_features else 0.0
+    if args.steps_per_epoch is None and args.dataset == "icons400":
+        args.steps_per_epoch = 50
+    args.image_size = args.image_size or {"icons400": 32, "emoji": 64}.get(args.dataset, 224)
+    args.output = args.output or Path("runs") / args.dataset
     args.loss_args, args.miner_args = dict(args.loss_args), dict(args.miner_args)
-    args.head_lr = args.lr if args.head_lr is None else args.head_lr
-    args.loss_lr = args.lr if args.loss_lr is None else args.loss_lr
+    for rate in ("embedder_lr", "head_lr", "loss_lr"):
+        if getattr(args, rate) is None:
+            setattr(args, rate, args.lr)
     return args

@@ -10,6 +10,7 @@ import sys
 
 import icons
 import torch
+from augment import RandomAffine
 from evaluate import apply, recall_at_k
 from network import Network
 from pytorch_metric_learning import losses, miners
@@ -25,7 +26,7 @@ def train(embedding_size: int = 16, epochs: int = 10) -> Network:
     sampler = MPerClassSampler(seen.labels, m=4, batch_size=128, length_before_new_iter=1600)
     data = TensorDataset(seen.images, seen.labels)
     loader = DataLoader(data, batch_size=128, sampler=sampler, drop_last=True)
-    augment = icons.RandomAffine(seed=0)
+    augment = RandomAffine(seed=0)
 
     model = Network(embedding_size)
     loss_func = S2SDLoss(  # S2SD

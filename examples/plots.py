@@ -7,8 +7,8 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from evaluate import apply, nearest
-from icons import Icons
+from evaluate import nearest
+from images import Images, Split
 from report import Run
 
 matplotlib.use("Agg")  # draws to files, with or without a screen
@@ -20,13 +20,19 @@ RIGHT, WRONG, QUERY = "#2ca02c", "#d62728", "#333333"
 
 
 def recall(runs: Sequence[Run], path: Path) -> None:
-    """Recall@1 on unseen classes after every epoch, one curve a run."""
+    """Recall@1 on unseen classes after every epoch, one curve a run.
+
+    With --choose-epoch that is on the held-out training classes, and so says the label.
+    """
+    metric = next(
+        (m for _, _, _, m, *_ in runs[0].history if m.startswith("validation")), "Recall@1"
+    )
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for run, color in zip(runs, (BASE, S2SD), strict=False):
-        epochs, values = run.curve("Recall@1")
+        epochs, values = run.curve(metric)
         percent = [100 * value for value in values]
         axes.plot(epochs, percent, ".-", color=color, label=f"{run.name} ({percent[-1]:.1f})")
-    axes.set(xlabel="epoch", ylabel="Recall@1 on unseen classes (%)")
+    axes.set(xlabel="epoch", ylabel=f"{metric} on unseen classes (%)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
@@ -36,16 +42,21 @@ def recall(runs: Sequence[Run], path: Path) -> None:
 
 
 def retrieval(
-    runs: Sequence[Run], unseen: Icons, path: Path, seed: int, queries: int = 8, neighbours: int = 7
+    runs: Sequence[Run], split: Split, path: Path, seed: int, queries: int = 8, neighbours: int = 7
 ) -> None:
     """Random queries with their nearest neighbours in every run: right ones green, wrong ones red.
 
-    Seven neighbours, as a class has eight images: all of them can be right.
+    Seven neighbours, as a class of icons-400 has eight images: all of them can be right.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(unseen.labels), generator=generator)[:queries].tolist()
-    found = [nearest(apply(run.model, unseen.images), neighbours).cpu() for run in runs]
-    images, labels = unseen.images[:, 0].cpu().numpy(), unseen.labels.cpu()
+    test, searched = split.test, split.gallery or split.test
+    chosen = torch.randperm(len(test), generator=generator)[:queries].tolist()
+    neighbours = min(neighbours, len(searched) - 1)
+    found = []
+    for run in runs:
+        gallery = run.gallery(split, "embeddings")
+        embeddings = run.spaces["test"]["embeddings"]
+        found.append(nearest(embeddings, neighbours, gallery[0] if gallery else None).cpu())
 
     gap = [0.35]
     widths = [1, *(len(runs) * (gap + [1] * neighbours))]
@@ -60,21 +71,21 @@ def retrieval(
     for axes in grid.flat:
         axes.axis("off")
 
-    def draw(row: int, column: int, index: int, color: str) -> None:
+    def draw(row: int, column: int, index: int, images: Images, color: str) -> None:
         axes = grid[row, column]
         axes.axis("on")
-        axes.imshow(images[index], cmap="gray_r", vmin=0, vmax=1)
+        axes.imshow(images.picture(index), vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[])
-        axes.set_title(unseen.names[labels[index]], fontsize=5.5, pad=2)
+        axes.set_title(images.names[images.labels[index]][:14], fontsize=5.5, pad=2)
         for spine in axes.spines.values():
             spine.set(color=color, linewidth=1.8)
 
     for row, query in enumerate(chosen):
-        draw(row, 0, query, QUERY)
+        draw(row, 0, query, test, QUERY)
         for block, neighbour_indices in enumerate(found):
             for rank, index in enumerate(neighbour_indices[query].tolist()):
-                color = RIGHT if labels[index] == labels[query] else WRONG
-                draw(row, 2 + block * (neighbours + 1) + rank, index, color)
+                color = RIGHT if searched.labels[index] == test.labels[query] else WRONG
+                draw(row, 2 + block * (neighbours + 1) + rank, index, searched, color)
 
     headings = [("query", 0, 0)]
     for block, run in enumerate(runs):

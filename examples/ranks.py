@@ -28,10 +28,12 @@ def rank() -> int:
     return int(os.environ["RANK"]) if world() > 1 else 0
 
 
-def check(device: str, batch_size: int) -> None:
-    """Refuse what several ranks cannot do."""
+def check(device: str, batch_size: int, norm: bool) -> None:
+    """Refuse what several ranks cannot do; ``norm``: batch norm needs nothing of PyTorch's."""
     if world() == 1:
         return
+    if device == "cpu" and not norm:
+        raise ValueError("PyTorch synchronises batch norm on CUDA only: add --freeze-bn")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device {device} with {world()} ranks: must be cpu or cuda")
     if batch_size < world():
@@ -72,6 +74,15 @@ def agree(step: int, device: str) -> None:
                 f"Ranks would go on from different steps, {first} to {last}: they must share the "
                 "folder of the checkpoints."
             )
+
+
+def on_any(flag: bool, device: str) -> bool:
+    """True on every rank if it is on one."""
+    if world() == 1:
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
 
 
 def own(batch: Tensor) -> Tensor:

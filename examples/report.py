@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,23 @@ from typing import Any
 import pytorch_metric_learning
 import ranks
 import torch
-from evaluate import METRICS
-from icons import Icons
-from network import Network
-from torch import nn
+from evaluate import METRICS, evaluate, spaces_of
+from images import Images, Split
+from network import Network, pool
+from torch import Tensor, nn
 
 import s2sd_pml
+from s2sd_pml import S2SDLoss
 
 COMPONENTS = ("base", "aux", "distill", "feature_distill")
+VALIDATION = "validation Recall@1"  # on held-out training classes, after an epoch
 COLUMNS = ("run", "epoch", "step", "metric", "value", "seconds")
 PROGRESS = ("epoch", "step", "seconds", "recorded", "history")
 # Flags that change no number.
-WHERE = ("output", "quiet", "checkpoint_every", "resume", "export", "no_report")
+WHERE = (
+    *("output", "quiet", "checkpoint_every", "resume", "export", "report", "wandb", "workers"),
+    *("recipe", "config", "dry_run", "root"),
+)
 Scores = dict[str, dict[str, float]]
 
 
@@ -39,7 +46,10 @@ class Run:
     seconds: float = 0.0  # of training, without evaluation
     recorded: list[dict[str, float]] = field(default_factory=list)  # at each step of this epoch
     history: list[tuple[str, int, int, str, float, float]] = field(default_factory=list)
-    scores: Scores = field(default_factory=dict)  # after training: the model's and each head's
+    # After training: each part of the data in the spaces of the embeddings, the features and the
+    # heads; and the scores of the first and the last, by name.
+    spaces: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    scores: Scores = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """The position and the history; the model and the loss are parts of their own."""
@@ -60,6 +70,36 @@ class Run:
         for metric, value in values.items():
             row = (name or self.name, self.epoch, self.step, metric, value, round(self.seconds, 3))
             self.history.append(row)
+
+    def project(self, images: Images, workers: int = 0) -> dict[str, Tensor]:
+        """ "embeddings", "features" and "head D" of all images, in one pass."""
+
+        def spaces(batch: Tensor) -> dict[str, Tensor]:
+            features = self.model.trunk(batch)
+            found = {"embeddings": self.model.embedder(pool(features)), "features": pool(features)}
+            if isinstance(self.loss_func, S2SDLoss) and self.loss_func.head_dims:
+                heads = self.loss_func.project(features)
+                found |= {f"head {dim}": heads[dim] for dim in heads}
+            return found
+
+        return spaces_of(self.model, spaces, images, workers)
+
+    def score(self, split: Split, workers: int = 0) -> None:
+        """All metrics of the model and, for S2SD, of every head as if it were the embedder."""
+        self.spaces = {"test": self.project(split.test, workers)}
+        if split.gallery is not None:
+            self.spaces["gallery"] = self.project(split.gallery, workers)
+        for space, embeddings in self.spaces["test"].items():
+            if space != "features":
+                name = self.name if space == "embeddings" else space
+                gallery = self.gallery(split, space)
+                self.scores[name] = evaluate(embeddings, split.test.labels, gallery)
+
+    def gallery(self, split: Split, space: str) -> tuple[Tensor, Tensor] | None:
+        """What is searched, where that is not the test images themselves."""
+        if split.gallery is None:
+            return None
+        return self.spaces["gallery"][space], split.gallery.labels
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
         """Epochs and values of a metric."""
@@ -105,27 +145,45 @@ def _cells(values: dict[str, float], columns: list[str], unit: str) -> list[str]
     return [cells.get(name, "") for name in columns]
 
 
-def title(args: argparse.Namespace, unseen: Icons) -> str:
+def title(args: argparse.Namespace, split: Split) -> str:
     """What the table compares."""
     kind = "held-out training" if args.validation else "unseen"
     s2sd = "" if args.baseline_only else f", {args.variant}"
     return (
-        f"{args.loss}{s2sd}, embedding size {args.embedding_size}, "
+        f"{args.dataset}: {args.loss}{s2sd}, embedding size {args.embedding_size}, "
         f"{args.epochs * args.steps_per_epoch} steps, seed {args.seed}; "
-        f"{len(unseen.names)} {kind} classes, {len(unseen.labels)} images; per cent"
+        f"{len(split.test.names)} {kind} classes, {len(split.test)} images; per cent"
     )
 
 
-def write(args: argparse.Namespace, runs: list[Run], unseen: Icons) -> None:
+def counts(split: Split) -> str:
+    """What is trained and tested with."""
+    lines = ["| | classes | images | smallest class | largest |", "| --- |" + " ---: |" * 4]
+    for part, images in zip(("train", "test", "gallery"), split, strict=True):
+        if images is not None:
+            sizes = images.labels.bincount(minlength=len(images.names))
+            sizes = sizes[sizes > 0]
+            cells = (part, len(sizes), len(images), int(sizes.min()), int(sizes.max()))
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def write(args: argparse.Namespace, runs: list[Run], split: Split) -> None:
     """metrics.csv, table.md and config.json."""
     output: Path = args.output
     with open(output / "metrics.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows(row for run in runs for row in run.history)
-    (output / "table.md").write_text(f"{title(args, unseen)}\n\n{table(runs)}\n")
-    config = {**vars(args), "ranks": ranks.world(), "versions": versions()}
-    (output / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+    (output / "table.md").write_text(f"{title(args, split)}\n\n{table(runs)}\n")
+    write_config(args)
+
+
+def write_config(args: argparse.Namespace) -> None:
+    """config.json: every setting as it was resolved, for --config, and what else made the run."""
+    config = {name: v for name, v in vars(args).items() if name not in ("recipe", "config")}
+    config |= {"command": shlex.join(sys.argv), "ranks": ranks.world(), "versions": versions()}
+    (args.output / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
 
 
 def versions() -> dict[str, str]:

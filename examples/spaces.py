@@ -8,13 +8,11 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from evaluate import apply, recall_at_k
-from icons import Icons
+from evaluate import recall_at_k
+from images import Images, Split
 from report import Run
 from sklearn.manifold import TSNE
 from torch import Tensor
-
-from s2sd_pml import S2SDLoss
 
 matplotlib.use("Agg")
 
@@ -24,25 +22,22 @@ COLORS = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b")
 Spaces = dict[str, Tensor]  # name -> L2-normalised embeddings (N, d)
 
 
-def draw(runs: list[Run], seen: Icons, unseen: Icons, folder: Path, seed: int) -> None:
-    """All of this module's pictures, of trained runs."""
-    found = spaces(runs, unseen)
-    similarity(found, unseen, folder / "similarity.png")
+def draw(runs: list[Run], split: Split, folder: Path, seed: int, workers: int = 0) -> None:
+    """All of this module's pictures, of runs that have their scores."""
+    found = spaces(runs, "test")
+    similarity(found, split.test, folder / "similarity.png")
     spectrum(found, folder / "spectrum.png")
-    dimension(runs, found, seen, unseen, folder / "dimension.png")
-    projection(runs, found, unseen, folder / "projection.png", seed)
+    dimension(runs, found, split, folder / "dimension.png", workers)
+    projection(runs, found, split.test, folder / "projection.png", seed)
 
 
-def spaces(runs: list[Run], data: Icons) -> Spaces:
+def spaces(runs: list[Run], part: str) -> Spaces:
     """The embeddings of every run, then those of the heads, largest first."""
-    found = {run.name: F.normalize(apply(run.model, data.images), dim=1).cpu() for run in runs}
+    found = {run.name: run.spaces[part]["embeddings"] for run in runs}
     for run in runs:
-        if isinstance(run.loss_func, S2SDLoss) and run.loss_func.head_dims:
-            with torch.no_grad():
-                heads = run.loss_func.project(apply(run.model.trunk, data.images))
-            for dim in sorted(heads, reverse=True):
-                found[f"head {dim}"] = heads[dim].cpu()
-    return found
+        heads = {name: z for name, z in run.spaces[part].items() if name.startswith("head ")}
+        found |= dict(sorted(heads.items(), key=lambda item: -item[1].shape[1]))
+    return {name: F.normalize(z, dim=1).cpu() for name, z in found.items()}
 
 
 def rho(embeddings: Tensor) -> float:
@@ -57,7 +52,7 @@ def rho(embeddings: Tensor) -> float:
     return float((uniform * (uniform / spectrum).log()).sum())
 
 
-def similarity(found: Spaces, data: Icons, path: Path, classes: int = 10) -> None:
+def similarity(found: Spaces, data: Images, path: Path, classes: int = 10) -> None:
     """Cosine similarities of the same images in each space, ordered by class."""
     rows = (data.labels.cpu() < classes).nonzero().squeeze(1)
     rows = rows[data.labels.cpu()[rows].argsort(stable=True)]
@@ -95,24 +90,33 @@ def spectrum(found: Spaces, path: Path) -> None:
     _save(figure, path)
 
 
-def dimension(runs: list[Run], found: Spaces, seen: Icons, unseen: Icons, path: Path) -> None:
+def dimension(runs: list[Run], found: Spaces, split: Split, path: Path, workers: int) -> None:
     """Recall@1 against dimension: the spaces, and the trunk's features cut down by PCA."""
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    labels = unseen.labels.cpu()
+    labels = split.test.labels
+    searched = None if split.gallery is None else spaces(runs, "gallery")
+
+    def recall(z: Tensor, gallery: Tensor | None) -> float:
+        pair = None if gallery is None else (gallery, split.gallery.labels)
+        return 100 * recall_at_k(z, labels, ks=(1,), gallery=pair)["Recall@1"]
+
     for run, color in zip(runs, COLORS, strict=False):
-        fitted, tested = (
-            apply(run.model.trunk, part.images).mean(dim=(2, 3)).cpu() for part in (seen, unseen)
-        )
+        fitted = run.project(split.train, workers)["features"].cpu()
+        tested = run.spaces["test"]["features"].cpu()
+        theirs = run.spaces["gallery"]["features"].cpu() if searched else None
         width = fitted.shape[1]
         sizes = [2**k for k in range(2, width.bit_length()) if 2**k < width] + [width]
         mean = fitted.mean(dim=0)
         directions = torch.linalg.svd(fitted - mean, full_matrices=False)[2]
-        recalls = [_recall((tested - mean) @ directions[:size].T, labels) for size in sizes]
+        tested = (tested - mean) @ directions.T
+        theirs = (theirs - mean) @ directions.T if searched else None
+        recalls = [recall(tested[:, :d], theirs[:, :d] if searched else None) for d in sizes]
         label = f"features of {run.name}, PCA"
         axes.plot(sizes, recalls, ".--", color=color, alpha=0.6, label=label)
     for (name, z), color in zip(found.items(), COLORS, strict=False):
         marker = "o" if name in [run.name for run in runs] else "^"
-        axes.plot(z.shape[1], _recall(z, labels), marker, color=color, ms=9, label=name)
+        value = recall(z, searched and searched[name])
+        axes.plot(z.shape[1], value, marker, color=color, ms=9, label=name)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set(xlabel="dimensions", ylabel="Recall@1 on unseen classes (%)")
@@ -121,7 +125,7 @@ def dimension(runs: list[Run], found: Spaces, seen: Icons, unseen: Icons, path: 
 
 
 def projection(
-    runs: list[Run], found: Spaces, data: Icons, path: Path, seed: int, classes: int = 60
+    runs: list[Run], found: Spaces, data: Images, path: Path, seed: int, classes: int = 60
 ) -> None:
     """Images of random classes by t-SNE, those of ten in colour."""
     labels = data.labels.cpu().numpy()
@@ -131,7 +135,8 @@ def projection(
         1, len(runs), figsize=(5 * len(runs), 5.2), layout="constrained", squeeze=False
     )
     for axes, run in zip(grid[0], runs, strict=True):
-        tsne = TSNE(metric="cosine", init="random", random_state=seed, perplexity=15)
+        nearby = min(15, rows.sum() / 4)
+        tsne = TSNE(metric="cosine", init="random", random_state=seed, perplexity=nearby)
         points = tsne.fit_transform(found[run.name].numpy()[rows])
         axes.scatter(*points.T, s=3, color="#cccccc")
         for label in chosen[:10]:
@@ -142,10 +147,6 @@ def projection(
     handles, names = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, ncols=5, loc="outside lower center", frameon=False, fontsize=8)
     _save(figure, path)
-
-
-def _recall(embeddings: Tensor, labels: Tensor) -> float:
-    return 100 * recall_at_k(embeddings, labels, ks=(1,))["Recall@1"]
 
 
 def _tidy(axes: plt.Axes, legend: str) -> None:

@@ -1,36 +1,45 @@
-"""Train a base loss and S2SD on icons-400 and compare them on unseen classes.
+"""Train a base loss and S2SD on the same images and compare them on unseen classes.
 
     python examples/train.py
+    python examples/train.py --recipe cub-r50-128-msim --root DIR
+    python examples/train.py --dataset folder --root DIR --backbone resnet50 --lr 1e-5
     python examples/train.py --loss ProxyAnchorLoss --miner none --loss-lr 0.03
     torchrun --nproc_per_node=2 examples/train.py
     python examples/train.py --help
 
-Writes metrics.csv, table.md, config.json, pictures, and report.html with all of them, to
-``--output``.
+Writes config.json, metrics.csv, table.md, pictures, and report.html with all of them, to
+``--output``; TensorBoard's events while it trains. Ctrl-C ends it with a checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import checkpoint
+import events
 import export
-import icons
+import image_sets
+import optim
 import options
 import page
 import plots
 import ranks
 import report
 import spaces
+import stop
 import torch
 from by_name import make_loss, make_miner
-from evaluate import apply, evaluate, recall_at_k
+from evaluate import apply, recall_at_k
+from images import Batches, Images, Split
 from network import Network
-from report import Run
+from report import VALIDATION, Run
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from s2sd_pml import S2SDLoss
@@ -75,108 +84,169 @@ def s2sd_loss(args: argparse.Namespace, model: Network, num_classes: int) -> Los
     return loss_func, None
 
 
-def make_optimizer(
-    args: argparse.Namespace, model: nn.Module, loss_func: nn.Module
-) -> torch.optim.Optimizer:
-    """Adam over the model and over what parameters the loss has: heads, proxies, a margin."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    if isinstance(loss_func, S2SDLoss):
-        loss_func.add_to(optimizer, lr=args.head_lr, loss_lr=args.loss_lr)
-    elif parameters := list(loss_func.parameters()):
-        optimizer.add_param_group({"params": parameters, "lr": args.loss_lr, "weight_decay": 0.0})
-    return optimizer
+def make_network(args: argparse.Namespace, split: Split) -> Network:
+    """The network for these images."""
+    channels = split.train[[0], None][0].shape[1]
+    network = Network(
+        args.embedding_size,
+        args.backbone,
+        channels=channels,
+        image_size=args.image_size,
+        pretrained=args.pretrained,
+        weights=args.weights,
+        freeze_bn=args.freeze_bn,
+    )
+    return network if args.channels_last else network.to(memory_format=torch.contiguous_format)
 
 
-def make_schedule(
-    args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Of the learning rate, by step. Built after the heads joined the optimizer."""
-    if args.schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+def make_batches(args: argparse.Namespace, train: Images) -> Batches:
+    """The training batches."""
+    per_epoch = args.steps_per_epoch * args.accumulate
+    return Batches(train.labels, args.batch_size, args.per_class, per_epoch, args.seed)
 
 
-def train(
-    name: str,
-    losses: Callable[..., LossAndMiner],
-    args: argparse.Namespace,
-    seen: icons.Icons,
-    unseen: icons.Icons,
-    settings: dict[str, Any],
-    states: dict[str, Any] | None,
-) -> Run:
+class Trainer:
     """One run, from its start or from the states of a checkpoint.
 
     Seeds are set first: both runs have the same start, batches and augmentation.
     """
-    checkpoint.seed(args.seed)
-    model = ranks.synchronised(Network(args.embedding_size).to(args.device))
-    loss_func, miner = losses(args, model, len(seen.names))
-    loss_func.to(args.device)
-    optimizer = make_optimizer(args, model, loss_func)
-    batches = icons.Batches(seen, args.batch_size, args.per_class, args.steps_per_epoch, args.seed)
-    total = args.epochs * args.steps_per_epoch
-    schedule = make_schedule(args, optimizer, total)
-    augment = icons.RandomAffine(args.seed)
-    run = Run(name, model, loss_func)
-    embed, objective = ranks.parallel(model), ranks.parallel(loss_func)
-    main_rank = ranks.rank() == 0
-    parts = {
-        "run": run,
-        "model": model,
-        "loss_func": loss_func,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "batches": batches,
-        "augment": augment,
-        "random": checkpoint.RandomStates(),
-    }
-    for part, state in (states or {}).items():
-        parts[part].load_state_dict(state)
-    ranks.agree(run.step, args.device)
 
-    silent = args.quiet or not main_rank
-    with tqdm(total=total, initial=run.step, desc=f"{name:4}", disable=silent) as bar:
-        while run.step < total:
-            start = time.perf_counter()
-            images, labels = next(batches)  # the global batch, of which a rank takes its rows
-            images = ranks.own(augment(images.to(args.device)))
-            labels = ranks.own(labels).to(args.device)
-            embeddings = embed(images)
-            pairs = miner(embeddings, labels) if miner else None
-            loss = objective(embeddings, labels, pairs)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            run.step += 1
-            run.recorded.append({"loss": loss.item(), **report.components(loss_func)})
-            bar.set_postfix({k: f"{v:.3g}" for k, v in run.recorded[-1].items()}, refresh=False)
-            bar.update()
-            run.seconds += time.perf_counter() - start
-            if run.step % args.steps_per_epoch == 0:
-                run.end_epoch()
-                if run.step < total and main_rank:
-                    run.record(recall_at_k(apply(model, unseen.images), unseen.labels, ks=(1,)))
-            every = args.checkpoint_every if main_rank else None
-            if every and (run.step % every == 0 or run.step == total):
-                checkpoint.save(args.output / CHECKPOINTS, name, run.step, settings, parts)
-    if main_rank:
-        run.scores = final_scores(run, unseen)
-    for who, scores in run.scores.items():
-        run.record(scores, who)
-    return run
+    def __init__(
+        self,
+        name: str,
+        losses: Callable[..., LossAndMiner],
+        args: argparse.Namespace,
+        split: Split,
+        held_out: Images | None,
+        settings: dict[str, Any],
+        states: dict[str, Any] | None,
+    ) -> None:
+        checkpoint.seed(args.seed)
+        self.args, self.split, self.held_out, self.settings = args, split, held_out, settings
+        model = ranks.synchronised(make_network(args, split).to(args.device))
+        average = optim.Average(args, model)  # a copy, before the loss puts hooks on the model
+        loss_func, self.miner = losses(args, model, len(split.train.names))
+        loss_func.to(args.device)
+        optimizer = optim.make_optimizer(args, model, loss_func)
+        self.total = args.epochs * args.steps_per_epoch
+        self.schedule = optim.make_schedule(args, optimizer, self.total)
+        self.stepper = optim.Stepper(args, optimizer, model)
+        self.average, self.loss_func = average, loss_func
+        self.run = Run(name, average.model, loss_func)
+        self.best = optim.Best(model=average.model, loss_func=loss_func)
+        self.parts = {
+            "run": self.run,
+            "model": model,
+            "loss_func": loss_func,
+            "optimizer": optimizer,
+            "schedule": self.schedule,
+            "stepper": self.stepper,
+            "average": average,
+            "best": self.best,
+            "random": checkpoint.RandomStates(),
+        }
+        for part, state in (states or {}).items():
+            self.parts[part].load_state_dict(state)
+        ranks.agree(self.run.step, args.device)
+        if args.compile:  # after the copy for --ema, which is only tested
+            model.trunk.forward = torch.compile(model.trunk.forward)
+        self.embed, self.objective = ranks.parallel(model), ranks.parallel(loss_func)
+
+    def train(self, asked: stop.Request) -> Run:
+        """All steps that are left, then the scores."""
+        args, run = self.args, self.run
+        main_rank = ranks.rank() == 0
+        log = events.Events(args, run.name, run.step, len(run.history)) if main_rank else None
+        batches = make_batches(args, self.split.train)
+        loader = iter(
+            DataLoader(
+                self.split.train,
+                batch_size=None,
+                sampler=batches.between(run.step * args.accumulate, self.total * args.accumulate),
+                num_workers=args.workers,
+                pin_memory=torch.device(args.device).type == "cuda",
+                generator=torch.Generator(),  # the global one is left alone
+            )
+        )
+        silent = args.quiet or not main_rank
+        with tqdm(total=self.total, initial=run.step, desc=f"{run.name:4}", disable=silent) as bar:
+            while run.step < self.total:
+                start = time.perf_counter()
+                found = [self.batch(*next(loader)) for _ in range(args.accumulate)]
+                self.stepper.step()
+                self.schedule.step()
+                self.average.update()
+                run.step += 1
+                run.recorded.append(report.mean(found))
+                run.seconds += time.perf_counter() - start
+                bar.set_postfix({k: f"{v:.3g}" for k, v in run.recorded[-1].items()}, refresh=False)
+                bar.update()
+                if run.step % args.steps_per_epoch == 0:
+                    run.end_epoch()
+                    if main_rank:
+                        self.look()
+                        log.write(run.history)
+                ended = ranks.on_any(asked.made, args.device)
+                every = args.checkpoint_every
+                due = every and (run.step % every == 0 or run.step == self.total)
+                if main_rank and (due or ended):
+                    self.save()
+                if ended:
+                    raise stop.Stopped
+        if main_rank:
+            self.best.restore()
+            run.score(self.split, args.workers)
+            for who, scores in run.scores.items():
+                run.record(scores, who)
+            log.write(run.history)
+            log.close()
+        return run
+
+    def batch(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        """Forward and backward; the loss and its terms."""
+        images, labels = images.to(self.args.device), labels.to(self.args.device)
+        if self.args.channels_last:
+            images = images.to(memory_format=torch.channels_last)
+        with self.stepper.autocast():
+            embeddings = self.embed(images)
+        s2sd = isinstance(self.loss_func, S2SDLoss)  # which knows what to do under autocast
+        with self.stepper.autocast(enabled=s2sd):
+            embeddings = embeddings if s2sd else embeddings.float()
+            pairs = self.miner(embeddings, labels) if self.miner else None
+            loss = self.objective(embeddings, labels, pairs)
+        self.stepper.backward(loss / self.args.accumulate)
+        return {"loss": loss.item(), **report.components(self.loss_func)}
+
+    def look(self) -> None:
+        """After an epoch: how well the model does on held-out or on unseen classes."""
+        run, last = self.run, self.run.step == self.total
+        images, gallery = self.held_out or self.split.test, None
+        if self.held_out is None and last:
+            return  # the scores hold it
+        embeddings = apply(run.model, images, self.args.workers)
+        if self.held_out is None and self.split.gallery is not None:
+            searched = apply(run.model, self.split.gallery, self.args.workers)
+            gallery = searched, self.split.gallery.labels
+        recall = recall_at_k(embeddings, images.labels, ks=(1,), gallery=gallery)["Recall@1"]
+        run.record({VALIDATION if self.held_out else "Recall@1": recall})
+        if self.held_out:
+            self.best.update(recall, run.epoch)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        folder = self.args.output / CHECKPOINTS
+        checkpoint.save(folder, self.run.name, self.run.step, self.settings, self.parts)
 
 
-def final_scores(run: Run, unseen: icons.Icons) -> dict[str, dict[str, float]]:
-    """All metrics of the model and, for S2SD, of every head as if it were the embedder."""
-    scores = {run.name: evaluate(apply(run.model, unseen.images), unseen.labels)}
-    if isinstance(run.loss_func, S2SDLoss):
-        with torch.no_grad():
-            teachers = run.loss_func.project(apply(run.model.trunk, unseen.images))
-        for dim, embeddings in teachers.items():
-            scores[f"head {dim}"] = evaluate(embeddings, unseen.labels)
-    return scores
+def prepare(args: argparse.Namespace) -> tuple[Split, Images | None]:
+    """The images, and the held-out ones of --choose-epoch."""
+    split, held_out = image_sets.load(args), None
+    if args.choose_epoch:
+        inner = split.held_out()
+        split, held_out = split._replace(train=inner.train), inner.test
+    if args.steps_per_epoch is None:
+        args.steps_per_epoch = max(1, len(split.train) // (args.batch_size * args.accumulate))
+    return split, held_out
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -185,48 +255,74 @@ def main(argv: list[str] | None = None) -> None:
     args = options.parse(parser, argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    seen, unseen = icons.split(icons.load(), args.validation)
     makers = {"base": base_loss, "S2SD": s2sd_loss}
     if args.baseline_only or args.s2sd_only:
         del makers["S2SD" if args.baseline_only else "base"]
     folder = args.output / CHECKPOINTS
     try:  # build everything once: what is wrong with the flags shows before any training
-        ranks.check(args.device, args.batch_size)
+        ranks.check(args.device, args.batch_size, args.backbone == "cnn" or args.freeze_bn)
+        split, held_out = prepare(args)
+        network = make_network(args, split)
         for make in makers.values():
-            make(args, Network(args.embedding_size), len(seen.names))
-        icons.Batches(seen, args.batch_size, args.per_class, args.steps_per_epoch, args.seed)
+            make(args, network, len(split.train.names))
+        optim.Stepper(args, torch.optim.Adam(network.parameters()), network)
+        make_batches(args, split.train)
+        events.check(args)
         settings = report.settings(args)
         states = dict.fromkeys(makers)
         if args.resume:
             states = {name: checkpoint.newest(folder, name, settings) for name in makers}
-        elif args.checkpoint_every and checkpoint.files(folder):
+        elif checkpoint.files(folder):
             raise ValueError(f"{folder} holds checkpoints: add --resume, or use another --output")
         if args.export and args.export.is_dir():
             raise ValueError(f"--export {args.export} is a folder: name a file")
+        if args.dry_run:
+            print(json.dumps(vars(args), indent=2, default=str), report.counts(split), sep="\n\n")
+            return
         args.output.mkdir(parents=True, exist_ok=True)
     except (S2SDError, ValueError, OSError) as error:
         parser.error(str(error))
 
     args.device = ranks.start(args.device)
-    unseen = unseen.to(args.device)
-    runs = [
-        train(name, make, args, seen, unseen, settings, states[name])
-        for name, make in makers.items()
-    ]
+    if ranks.rank() == 0:
+        report.write_config(args)
+    trainers: list[Trainer] = []
+    with stop.Request() as asked:
+        try:
+            for name, make in makers.items():
+                trainers.append(Trainer(name, make, args, split, held_out, settings, states[name]))
+                trainers[-1].train(asked)
+        except stop.Stopped:
+            if ranks.rank() == 0:
+                for finished in trainers[:-1]:
+                    finished.save()
+                print(
+                    f"\nStopped after step {trainers[-1].run.step} of {trainers[-1].run.name}. "
+                    "The same command with --resume goes on.",
+                    file=sys.stderr,
+                )
+            ranks.stop()
+            sys.exit(130)
     ranks.stop()
     if ranks.rank() == 0:
-        report.write(args, runs, unseen)
-        if not args.no_report:
-            plots.recall(runs, args.output / "recall.png")
-            plots.retrieval(runs, unseen, args.output / "retrieval.png", seed=args.seed)
-            spaces.draw(runs, seen.to(args.device), unseen, args.output, seed=args.seed)
-            page.write(args.output)
-        print(report.title(args, unseen), report.table(runs), sep="\n\n")
-        print(f"\nMetrics and configuration are in {args.output}", end="")
-        print("" if args.no_report else ", with pictures in report.html")
-        if args.export:
-            export.write(runs[-1].model, args.export, unseen.images)
-            print(f"The {runs[-1].name} model, loaded back and compared, is in {args.export}")
+        finish(args, [trainer.run for trainer in trainers], split)
+
+
+def finish(args: argparse.Namespace, runs: list[Run], split: Split) -> None:
+    """Write and print what came out."""
+    report.write(args, runs, split)
+    if args.report:
+        plots.recall(runs, args.output / "recall.png")
+        plots.retrieval(runs, split, args.output / "retrieval.png", seed=args.seed)
+        spaces.draw(runs, split, args.output, args.seed, args.workers)
+        page.write(args.output)
+    print(report.title(args, split), report.table(runs), sep="\n\n")
+    print(f"\nMetrics and configuration are in {args.output}", end="")
+    print(", with pictures in report.html" if args.report else "")
+    if args.export:
+        images, _ = split.test[list(range(min(len(split.test), 64))), None]
+        export.write(runs[-1].model, args.export, images.to(args.device))
+        print(f"The {runs[-1].name} model, loaded back and compared, is in {args.export}")
 
 
 if __name__ == "__main__":

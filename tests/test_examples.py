@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,9 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import evaluate  # noqa: E402
+import augment  # noqa: E402
 import icons  # noqa: E402
+import images as image_module  # noqa: E402
 import train  # noqa: E402
 from by_name import make_loss, make_miner  # noqa: E402
 
@@ -61,7 +62,7 @@ def final(rows, who):
 def test_the_command_trains_both_prints_the_table_and_writes_everything(tmp_path):
     done = command("examples/train.py", *SMALL, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in tmp_path.iterdir()} == FILES | PICTURES | {"report.html"}
+    assert {p.name for p in tmp_path.iterdir()} == FILES | PICTURES | {"report.html", "events"}
     for name in PICTURES:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     for words in ("base", "S2SD", "difference", "head 24", "head 32", "MAP@R", "NMI", "training"):
@@ -74,11 +75,11 @@ def test_the_command_trains_both_prints_the_table_and_writes_everything(tmp_path
 
 
 def test_two_ranks_give_what_one_process_gives_and_speak_once(tmp_path):
-    uneven = ["--batch-size", "33", "--per-class", "3", "--feature-delay", "1", "--device", "cpu"]
+    uneven = "--batch-size 33 --per-class 3 --feature-delay 1 --lr 3e-4 --device cpu".split()
     flags = [*SMALL, *uneven, "--no-report", "--output"]
     done = command(*TORCHRUN, "examples/train.py", *flags, tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in (tmp_path / "two").iterdir()} == FILES
+    assert {p.name for p in (tmp_path / "two").iterdir()} == FILES | {"events"}
     assert done.stdout.count("Recall@1 ") == done.stdout.count("configuration are in") == 1
     for bar in ("base:   0%", "S2SD:   0%"):
         assert done.stderr.count(bar) == 1
@@ -110,7 +111,7 @@ def test_an_error_of_one_rank_ends_all_and_is_told(tmp_path):
     done = command(*TORCHRUN, script, *flags)
     assert done.returncode == 1
     assert "RuntimeError: the disk of rank 1 is full" in done.stderr
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out" / "metrics.csv").exists()
 
 
 def test_too_small_a_batch_for_the_ranks_is_refused_once(tmp_path):
@@ -217,30 +218,15 @@ def test_icons_400_is_the_file_that_its_script_builds():
 def test_icons_400_splits_share_no_class_and_no_drawing():
     every = icons.load()
     seen, unseen = icons.split(every)
-    fewer, held_out = icons.split(every, validation=True)
+    split = image_module.Split(
+        *(image_module.InMemory(*part, icons.prepare) for part in (seen, unseen))
+    )
+    fewer, held_out, _ = split.held_out()
     assert [len(s.names) for s in (seen, unseen, fewer, held_out)] == [200, 200, 160, 40]
     assert set(seen.names).isdisjoint(unseen.names)
     assert set(fewer.names) | set(held_out.names) == set(seen.names)
     drawings = {image.numpy().tobytes() for image in every.images}
     assert len(drawings) == 3200
-
-
-def test_batches_do_not_depend_on_the_global_random_stream():
-    seen, _ = icons.split(icons.load())
-
-    def labels(noise):
-        torch.manual_seed(noise)
-        augment = icons.RandomAffine(3)
-        out = []
-        for images, y in islice(icons.Batches(seen, 32, 4, steps=2, seed=3), 3):
-            torch.rand(noise)
-            out.append((augment(images), y))
-        return out
-
-    for (x, y), (x2, y2) in zip(labels(1), labels(2), strict=True):
-        assert torch.equal(x, x2)
-        assert torch.equal(y, y2)
-        assert y.unique(return_counts=True)[1].tolist() == [4] * 8
 
 
 def test_recall_is_a_hit_among_the_nearest_others():

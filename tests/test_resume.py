@@ -206,8 +206,8 @@ def test_the_exported_model_is_the_trained_one_without_heads(uninterrupted, tmp_
     trained = last(tmp_path)["states"]["model"]
     assert_same(dict(model.state_dict()), dict(trained))
     content = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
-    assert set(content) == {"kind", "embedding_size", "width", "state_dict"}
-    assert apply(model, icons.load().images[:5]).shape == (5, content["embedding_size"])
+    assert set(content) == {"kind", "description", "state_dict"}
+    assert apply(model, icons.load().images[:5]).shape == (5, model.embedding_size)
     with pytest.raises(checkpoint.CheckpointError, match=r"model\.pt cannot be used: it is no"):
         checkpoint.read(tmp_path / "out" / "model.pt", checkpoint.KIND)
 
