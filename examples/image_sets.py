@@ -31,7 +31,7 @@ Listed = list[tuple[Path, str]]  # image files with the name of their class
 def load(args: argparse.Namespace) -> Split:
     """The data set that the flags name; with ``--validation`` no test class is in it."""
     split = SETS[args.dataset](args)
-    return split.held_out() if args.validation else split
+    return split.held_out(args.validation_share) if args.validation else split
 
 
 def icons400(args: argparse.Namespace) -> Split:

@@ -150,12 +150,15 @@ class Split(NamedTuple):
     test: Images
     gallery: Images | None = None
 
-    def held_out(self, share: float = 0.2) -> Split:
+    def held_out(self, share: float) -> Split:
         """The last of the training classes in the place of the test classes, to choose by."""
         classes = len(self.train.names)
         kept = classes - round(share * classes)
         if not 1 < kept < classes - 1:
-            raise ValueError(f"{classes} training classes are too few to hold some out")
+            raise ValueError(
+                f"--validation-share {share} of {classes} training classes leaves {kept} to train "
+                f"and {classes - kept} to choose by: two of each are needed"
+            )
         return Split(self.train.classes(0, kept), self.train.classes(kept, classes))
 
 

@@ -38,6 +38,7 @@ class Network(nn.Module):
         self.trunk = backbones.make(backbone, pretrained, weights, channels)
         self.embedder = nn.Linear(backbones.width(self.trunk, channels, image_size), embedding_size)
         self.to(memory_format=torch.channels_last)  # the faster layout of convolutions
+        self.train()  # with what is frozen
 
     def train(self, mode: bool = True) -> Network:
         super().train(mode)

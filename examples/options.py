@@ -101,12 +101,19 @@ def _data(main: argparse.ArgumentParser) -> None:
     add(
         "--validation",
         **switch(),
-        help="evaluate on a fifth of the training classes, held out, to choose settings",
+        help="evaluate on held-out training classes, to choose settings",
     )
     add(
         "--choose-epoch",
         **switch(),
-        help="hold out a fifth of the training classes; test the epoch that is best on them",
+        help="test the epoch that is best on held-out training classes",
+    )
+
+    add(
+        "--validation-share",
+        type=float,
+        default=0.2,
+        help="of the training classes, held out; default: %(default)s",
     )
 
 

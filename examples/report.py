@@ -31,6 +31,7 @@ WHERE = (
     *("output", "quiet", "checkpoint_every", "resume", "export", "report", "wandb", "workers"),
     *("recipe", "config", "dry_run", "root"),
 )
+Row = tuple[str, int, int, str, float, float]  # as in COLUMNS
 Scores = dict[str, dict[str, float]]
 
 
@@ -45,7 +46,7 @@ class Run:
     step: int = 0
     seconds: float = 0.0  # of training, without evaluation
     recorded: list[dict[str, float]] = field(default_factory=list)  # at each step of this epoch
-    history: list[tuple[str, int, int, str, float, float]] = field(default_factory=list)
+    history: list[Row] = field(default_factory=list)
     # After training: each part of the data in the spaces of the embeddings, the features and the
     # heads; and the scores of the first and the last, by name.
     spaces: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -65,11 +66,18 @@ class Run:
         self.record(mean(self.recorded))
         self.recorded = []
 
-    def record(self, values: dict[str, float], name: str = "") -> None:
-        """Add a row for every value; ``name`` is the run's own or that of a head."""
-        for metric, value in values.items():
-            row = (name or self.name, self.epoch, self.step, metric, value, round(self.seconds, 3))
-            self.history.append(row)
+    def record(self, values: dict[str, float]) -> None:
+        """Add a row for every value."""
+        self.history += self._rows(self.name, values)
+
+    def rows(self) -> list[Row]:
+        """The history and then the scores, the run's own and those of the heads."""
+        final = [row for who, values in self.scores.items() for row in self._rows(who, values)]
+        return self.history + final
+
+    def _rows(self, who: str, values: dict[str, float]) -> list[Row]:
+        now = round(self.seconds, 3)
+        return [(who, self.epoch, self.step, metric, v, now) for metric, v in values.items()]
 
     def project(self, images: Images, workers: int = 0) -> dict[str, Tensor]:
         """ "embeddings", "features" and "head D" of all images, in one pass."""
@@ -103,7 +111,7 @@ class Run:
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
         """Epochs and values of a metric."""
-        rows = [row for row in self.history if row[0] == self.name and row[3] == metric]
+        rows = [row for row in self.rows() if row[0] == self.name and row[3] == metric]
         return [row[1] for row in rows], [row[4] for row in rows]
 
 
@@ -174,7 +182,7 @@ def write(args: argparse.Namespace, runs: list[Run], split: Split) -> None:
     with open(output / "metrics.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
-        writer.writerows(row for run in runs for row in run.history)
+        writer.writerows(row for run in runs for row in run.rows())
     (output / "table.md").write_text(f"{title(args, split)}\n\n{table(runs)}\n")
     write_config(args)
 

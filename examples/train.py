@@ -196,9 +196,7 @@ class Trainer:
         if main_rank:
             self.best.restore()
             run.score(self.split, args.workers)
-            for who, scores in run.scores.items():
-                run.record(scores, who)
-            log.write(run.history)
+            log.write(run.rows())
             log.close()
         return run
 
@@ -242,7 +240,7 @@ def prepare(args: argparse.Namespace) -> tuple[Split, Images | None]:
     """The images, and the held-out ones of --choose-epoch."""
     split, held_out = image_sets.load(args), None
     if args.choose_epoch:
-        inner = split.held_out()
+        inner = split.held_out(args.validation_share)
         split, held_out = split._replace(train=inner.train), inner.test
     if args.steps_per_epoch is None:
         args.steps_per_epoch = max(1, len(split.train) // (args.batch_size * args.accumulate))

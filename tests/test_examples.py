@@ -20,7 +20,6 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import evaluate  # noqa: E402
-import augment  # noqa: E402
 import icons  # noqa: E402
 import images as image_module  # noqa: E402
 import train  # noqa: E402
@@ -221,7 +220,7 @@ def test_icons_400_splits_share_no_class_and_no_drawing():
     split = image_module.Split(
         *(image_module.InMemory(*part, icons.prepare) for part in (seen, unseen))
     )
-    fewer, held_out, _ = split.held_out()
+    fewer, held_out, _ = split.held_out(0.2)
     assert [len(s.names) for s in (seen, unseen, fewer, held_out)] == [200, 200, 160, 40]
     assert set(seen.names).isdisjoint(unseen.names)
     assert set(fewer.names) | set(held_out.names) == set(seen.names)

@@ -1,0 +1,422 @@
+"""What the trainer's flags do: precision, averages, schedules, early ends, settings from files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+
+import pytest
+import torch
+import yaml
+from test_examples import FILES, SMALL, TORCHRUN, command, final, read
+from test_resume import assert_same, metrics
+from trees import cub200, folder
+
+import checkpoint  # isort: skip
+import config  # isort: skip
+import export  # isort: skip
+import image_sets  # isort: skip
+import images  # isort: skip
+import optim  # isort: skip
+import options  # isort: skip
+import stop  # isort: skip
+import train  # isort: skip
+
+
+def main(tmp_path, *flags):
+    train.main([*SMALL, "--quiet", "--no-report", "--output", str(tmp_path), *map(str, flags)])
+    return read(tmp_path)
+
+
+def parsed(*flags):
+    args = options.parse(options.parser(), list(map(str, flags)))
+    args.steps_per_epoch = args.steps_per_epoch or 10
+    return args
+
+
+def parameters(content, part="model"):
+    return content["states"][part]
+
+
+# ---- how the parameters move
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains(tmp_path, amp):
+    if amp == "fp16" and not hasattr(torch.amp, "GradScaler"):
+        pytest.skip("no GradScaler for the CPU in this PyTorch")
+    rows = main(tmp_path, "--amp", amp, "--feature-delay", 0, "--loss", "ProxyAnchorLoss",
+                "--miner", "none", "--checkpoint-every", 3)  # fmt: skip
+    plain = main(tmp_path / "plain", "--feature-delay", 0, "--loss", "ProxyAnchorLoss",
+                 "--miner", "none")  # fmt: skip
+    for who in ("base", "S2SD"):
+        assert final(rows, who)["loss"] == pytest.approx(final(plain, who)["loss"], rel=0.02)
+        assert final(rows, who)["loss"] != final(plain, who)["loss"]
+    content = checkpoint.read(checkpoint.files(tmp_path / "checkpoints")[-1], checkpoint.KIND)
+    assert bool(content["states"]["stepper"]) == (amp == "fp16")  # the scale is kept
+    assert {p.dtype for p in parameters(content).values()} == {torch.float32, torch.int64}
+
+
+class EndedError(Exception):
+    pass
+
+
+def test_accumulated_gradients_are_the_mean_of_the_batches(tmp_path, monkeypatch):
+    gradients = []
+
+    def step(self):
+        gradients.append([p.grad.clone() for p in self.model.parameters()])
+        raise EndedError
+
+    monkeypatch.setattr(optim.Stepper, "step", step)
+    for accumulate, steps in ((1, 4), (2, 2)):
+        with pytest.raises(EndedError):
+            main(tmp_path / str(accumulate), "--baseline-only", "--freeze-bn",
+                 "--accumulate", accumulate, "--steps-per-epoch", steps)  # fmt: skip
+    first, both = gradients
+    monkeypatch.setattr(images.Batches, "between", lambda self, start, stop: self._from(1, stop))
+    monkeypatch.setattr(
+        images.Batches,
+        "_from",
+        lambda self, start, stop: self.__dict__.update(start=start, stop=stop) or self,
+        raising=False,
+    )
+    with pytest.raises(EndedError):
+        main(tmp_path / "second", "--baseline-only", "--freeze-bn", "--steps-per-epoch", 4)
+    for a, b, mean in zip(first, gradients[-1], both, strict=True):
+        torch.testing.assert_close((a + b) / 2, mean, rtol=1e-4, atol=1e-7)
+
+
+def test_the_gradient_is_clipped(tmp_path, monkeypatch):
+    norms = []
+    step = torch.optim.Adam.step
+
+    def watched(self, *args):
+        own = [p.grad for group in self.param_groups[:2] for p in group["params"]]
+        norms.append(torch.cat([g.flatten() for g in own]).norm().item())
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    main(tmp_path / "a")
+    assert min(norms) > 1e-3
+    norms.clear()
+    main(tmp_path / "b", "--clip-grad", 1e-3)
+    assert norms == pytest.approx([1e-3] * 6, rel=1e-3)
+
+
+def test_the_tested_and_exported_model_is_the_moving_average(tmp_path):
+    main(tmp_path, "--ema", 0.7, "--checkpoint-every", 1, "--export", tmp_path / "model.pt")
+    before, last = (
+        checkpoint.read(path, checkpoint.KIND)
+        for path in checkpoint.files(tmp_path / "checkpoints", "S2SD")
+    )
+    averaged = {k.removeprefix("module."): v for k, v in parameters(last, "average").items()}
+    for name, value in parameters(last).items():
+        if value.is_floating_point():
+            old = parameters(before, "average")[f"module.{name}"]
+            torch.testing.assert_close(averaged[name], 0.7 * old + 0.3 * value)
+    exported = export.load(tmp_path / "model.pt").state_dict()
+    assert_same(dict(exported), {name: averaged[name] for name in exported})
+
+
+def test_the_compiled_trunk_gives_the_same_numbers(tmp_path, monkeypatch):
+    calls = []
+    original = torch.compile
+
+    def compiled(function):  # captured as ever, and run without a C++ compiler
+        calls.append(function)
+        return original(function, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    for variant in ("msdf", "msdfa"):
+        flags = ["--variant", variant, "--feature-delay", 0]
+        plain = main(tmp_path / variant, *flags)
+        fast = main(tmp_path / f"{variant} compiled", *flags, "--compile")
+        assert len(calls) == 2
+        for who in ("base", "S2SD"):
+            assert final(fast, who)["loss"] == pytest.approx(final(plain, who)["loss"], rel=1e-4)
+        calls.clear()
+
+
+def rates(*flags, steps=8):
+    args = parsed("--lr", 1, "--embedder-lr", 5, "--steps-per-epoch", 2, *flags)
+    model = train.Network(4)
+    optimizer = optim.make_optimizer(args, model, train.pml_loss(args, 3)[0])
+    schedule = optim.make_schedule(args, optimizer, steps)
+    found = []
+    for _ in range(steps):
+        found.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_schedules_by_hand():
+    assert rates("--schedule", "constant") == [[1, 5]] * 8
+    stepwise = rates("--schedule", "multistep", "--milestones", 1, 3, "--lr-gamma", 0.1)
+    assert [r[0] for r in stepwise] == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01])
+    cosine = rates("--schedule", "cosine", "--warmup", 3)
+    assert [r[0] for r in cosine[:4]] == pytest.approx([0.25, 0.5, 0.75, 1])
+    assert [r[0] for r in cosine[3:]] == pytest.approx(
+        [1, 0.9045, 0.6545, 0.3455, 0.0955], abs=1e-4
+    )
+    assert [r[1] for r in cosine] == pytest.approx([5 * r[0] for r in cosine])
+
+
+def test_frozen_batch_norm_keeps_its_statistics_and_learns_its_scale(tmp_path):
+    main(tmp_path, "--freeze-bn", "--s2sd-only", "--checkpoint-every", 3)
+    content = checkpoint.read(checkpoint.files(tmp_path / "checkpoints")[-1], checkpoint.KIND)
+    found = parameters(content)
+    means = [v for name, v in found.items() if "running_mean" in name]
+    assert len(means) == 4
+    assert all(not mean.any() for mean in means)
+    checkpoint.seed(0)
+    start = train.Network(16).state_dict()
+    scales = [name for name in found if re.fullmatch(r"trunk\.body\.\d\.2\.weight", name)]
+    assert len(scales) == 4
+    assert all(not torch.equal(found[name], start[name]) for name in scales)
+
+
+def test_the_epoch_is_chosen_on_held_out_classes(tmp_path, monkeypatch):
+    values, states = iter([0.5, 0.7, 0.6]), []
+    original = train.recall_at_k
+
+    def scripted(embeddings, labels, ks, gallery=None):
+        assert len(labels) == 40 * 8  # a fifth of the training classes
+        found = original(embeddings, labels, ks, gallery)
+        return {**found, "Recall@1": next(values)}
+
+    def update(self, score, epoch):
+        states.append({k: v.clone() for k, v in self.modules["model"].state_dict().items()})
+        best(self, score, epoch)
+
+    best = optim.Best.update
+    monkeypatch.setattr(optim.Best, "update", update)
+    monkeypatch.setattr(train, "recall_at_k", scripted)
+    rows = main(tmp_path, "--choose-epoch", "--epochs", 3, "--baseline-only", "--export",
+                tmp_path / "model.pt")  # fmt: skip
+    validation = [float(r["value"]) for r in rows if r["metric"] == "validation Recall@1"]
+    assert validation == [0.5, 0.7, 0.6]
+    model = export.load(tmp_path / "model.pt")
+    assert_same(dict(model.state_dict()), states[1])
+    split = image_sets.load(parsed())
+    recall = original(train.apply(model, split.test), split.test.labels)
+    assert final(rows, "base")["Recall@1"] == pytest.approx(recall["Recall@1"], abs=2e-3)
+
+
+# ---- ending early
+
+INTERRUPT = """
+import os, signal, sys
+sys.path.insert(0, "examples")
+import ranks, report, train
+number, rank, calls = int(sys.argv.pop(1)), int(sys.argv.pop(1)), int(sys.argv.pop(1))
+original, count = report.components, 0
+def components(loss_func):  # within a step
+    global count
+    count += 1
+    if count == calls and ranks.rank() == rank:
+        os.kill(os.getpid(), number)
+    return original(loss_func)
+report.components = components
+train.main()
+"""
+LONG = "--epochs 2 --steps-per-epoch 3 --batch-size 16 --dims 24 32 --threads 1 --quiet".split()
+
+
+@pytest.mark.parametrize(
+    ("number", "calls", "run", "step"),
+    [(signal.SIGINT, 2, "base", 2), (signal.SIGTERM, 10, "S2SD", 4)],
+)
+def test_ctrl_c_ends_with_a_checkpoint_from_which_the_run_goes_on(
+    tmp_path, number, calls, run, step
+):
+    flags = [*LONG, "--no-report", "--output", tmp_path / "cut"]
+    done = command("-c", INTERRUPT, int(number), 0, calls, *flags)
+    assert done.returncode == 130
+    assert f"Stopped after step {step} of {run}." in done.stderr
+    assert "Traceback" not in done.stderr
+    files = {p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()}
+    expected = {f"{run}-{step:08d}.pt"} | ({"base-00000006.pt"} if run == "S2SD" else set())
+    assert files == expected
+    train.main([*map(str, flags), "--resume"])
+    train.main([*LONG, "--no-report", "--output", str(tmp_path / "whole")])
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    with stop.Request() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked.made
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_to_one_rank_ends_all_at_the_same_step(tmp_path):
+    script = tmp_path / "interrupt.py"
+    script.write_text(INTERRUPT)
+    flags = [*LONG, "--no-report", "--device", "cpu", "--output", tmp_path / "two"]
+    done = command(*TORCHRUN, script, int(signal.SIGTERM), 1, 8, *flags)
+    assert done.returncode == 1  # torchrun's own
+    assert done.stderr.count("Stopped after step 2 of S2SD.") == 1
+    done = command(*TORCHRUN, "examples/train.py", *flags, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert {r["step"] for r in read(tmp_path / "two") if r["run"] == "S2SD"} == {"3", "6"}
+
+
+def test_checkpoints_of_another_run_are_not_overwritten(tmp_path, capsys):
+    main(tmp_path, "--checkpoint-every", 3)
+    with pytest.raises(SystemExit):
+        main(tmp_path)
+    assert "holds checkpoints: add --resume, or use another --output" in capsys.readouterr().err
+
+
+# ---- settings from files
+
+
+def test_later_settings_win(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("lr: 0.5\nbatch_size: 40\nexclude-self: true\nloss_args: {alpha: 3, beta: 4}\n"
+                    "dims: [7, 8]\nvalidation: true\nhead_lr: null\n")  # fmt: skip
+    args = parsed("--recipe", "sop-r50-128-margin", "--config", file, "--no-validation", "--lr", 2)
+    assert (args.dataset, args.per_class, args.feature_weight) == ("sop", 2, 5)  # the recipe's
+    assert (args.batch_size, args.exclude_self, args.dims) == (40, True, [7, 8])  # the file's
+    assert args.loss_args == {"alpha": 3, "beta": 4}
+    assert (args.lr, args.head_lr, args.validation) == (2.0, 2.0, False)  # given
+
+
+def test_the_configuration_of_a_run_repeats_it(tmp_path):
+    flags = ["--loss-args", "alpha=3", "--exclude-self", "--feature-delay", 1, "--seed", 3]
+    first = main(tmp_path / "a", *flags)
+    content = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert content["loss_args"] == {"alpha": 3}
+    assert "--exclude-self" in content["command"] or "pytest" in content["command"]
+    assert content["steps_per_epoch"] == 3
+    out = ["--output", str(tmp_path / "b")]
+    train.main(["--config", str(tmp_path / "a" / "config.json"), *out])
+    again = read(tmp_path / "b")
+    assert [{**r, "seconds": 0} for r in first] == [{**r, "seconds": 0} for r in again]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr: [1, 2", "cannot be read"),
+        ("- lr", "holds no settings of the form name: value"),
+        ("lrate: 1", "unrecognized arguments: --lrate 1"),
+        ("lr: fast", "argument --lr: invalid float value: 'fast'"),
+        ("recipe: cub-r50-128-msim", "a file of settings cannot bring in another"),
+    ],
+)
+def test_a_bad_file_of_settings_is_told(tmp_path, capsys, text, words):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(SystemExit):
+        options.parse(options.parser(), ["--config", str(file)])
+    assert words in capsys.readouterr().err
+
+
+def test_an_unknown_recipe_is_told_with_those_there_are(capsys):
+    with pytest.raises(SystemExit):
+        options.parse(options.parser(), ["--recipe", "cub-r50"])
+    assert "'cub-r50' is none of cars-ibn-512-msim, " in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_settings_and_counts_and_writes_nothing(tmp_path, capsys):
+    root, out = cub200(tmp_path / "tree"), tmp_path / "out"
+    flags = ["--recipe", "cub-r50-128-msim", "--root", str(root), "--backbone", "cnn"]
+    train.main([*flags, "--batch-size", "4", "--dry-run", "--output", str(out)])
+    text = capsys.readouterr().out
+    settings, _, counts = text.partition("\n\n")
+    settings = json.loads(settings)
+    assert settings["dims"] == [512, 1024, 1536, 2048]
+    assert settings["steps_per_epoch"] == 18 // 4
+    assert "| train | 6 | 18 | 3 | 3 |" in counts
+    assert "| test | 6 | 18 | 3 | 3 |" in counts
+    assert not out.exists()
+
+
+# ---- what is written
+
+
+def test_tensorboard_gets_the_metrics(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = main(tmp_path, "--epochs", 2)
+    assert {p.name for p in tmp_path.iterdir()} == FILES | {"events"}
+    for who in ("base", "S2SD"):
+        found = EventAccumulator(str(tmp_path / "events" / who)).Reload()
+        for metric in ("loss", "Recall@1", "NMI"):
+            expected = [(int(r["step"]), float(r["value"])) for r in rows
+                        if (r["run"], r["metric"]) == (who, metric)]  # fmt: skip
+            scalars = [(e.step, e.value) for e in found.Scalars(metric)]
+            assert scalars == [(step, pytest.approx(value)) for step, value in expected]
+
+
+def test_wandb_is_named_where_it_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit):
+        main(tmp_path / "out", "--wandb", "project")
+    assert "--wandb needs `pip install wandb`" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# ---- recipes
+
+PAPER = {
+    "dims": [512, 1024, 1536, 2048], "temperature": 1.0, "weight": 50.0, "feature_delay": 1000,
+    "epochs": 150, "batch_size": 112, "per_class": 2, "optimizer": "adam", "lr": 1e-5,
+    "weight_decay": 4e-4, "head_weight_decay": 0.0, "head_lr": 1e-5, "schedule": "constant",
+    "image_size": 224, "exclude_self": False, "pretrained": True, "warmup": 0,
+}  # fmt: skip
+SETS = {"cub": "cub200", "cars": "cars196", "sop": "sop"}
+ROWS = {
+    "r50-128": ("resnet50", 128, True), "r50-512": ("resnet50", 512, True),
+    "ibn-512": ("bninception", 512, False), "ibnf-512": ("bninception", 512, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("row", ROWS)
+def test_the_recipes_are_the_authors_sample_runs(name, row):
+    loss = "margin" if name == "sop" else "msim"
+    args = parsed("--recipe", f"{name}-{row}-{loss}")
+    assert {key: getattr(args, key) for key in PAPER} == PAPER
+    assert (args.backbone, args.embedding_size, args.freeze_bn) == ROWS[row]
+    assert args.dataset == SETS[name]
+    if name == "sop":
+        assert (args.variant, args.feature_weight) == ("msdf", 5)
+        assert (args.loss, args.miner) == ("MarginLoss", "DistanceWeightedMiner")
+        loss_func, miner = train.pml_loss(args, 7)
+        assert loss_func.beta.tolist() == pytest.approx([1.2] * 7)  # learned, one a class
+        assert (loss_func.margin, miner.cutoff, miner.nonzero_loss_cutoff) == (0.2, 0.5, 1.4)
+        assert args.loss_lr == 5e-4
+    else:
+        assert (args.variant, args.feature_weight) == ("msdfa", 50)
+        loss_func, miner = train.pml_loss(args, 7)
+        assert (loss_func.alpha, loss_func.beta, loss_func.base) == (2, 40, 0.5)
+        assert miner.epsilon == 0.1
+
+
+def test_there_is_a_recipe_for_every_sample_run_and_no_flag_is_named_twice():
+    sample = {f"{s}-{r}-{'margin' if s == 'sop' else 'msim'}" for s in SETS for r in ROWS}
+    assert sample <= set(config.names())
+    for name in config.names():
+        text = (config.RECIPES / f"{name}.yaml").read_text()
+        assert len(yaml.safe_load(text)) == len(re.findall(r"^\w+:", text, re.MULTILINE))
+
+
+def test_a_folder_gets_one_pass_over_its_images_an_epoch(tmp_path):
+    root = folder(tmp_path / "tree")
+    flags = f"--dataset folder --root {root} --batch-size 4 --per-class 2 --accumulate 2"
+    args = parsed_without_steps(*flags.split())
+    split, _ = train.prepare(args)
+    assert args.steps_per_epoch == len(split.train) // 8 == 2
+
+
+def parsed_without_steps(*flags):
+    return options.parse(options.parser(), list(flags))
