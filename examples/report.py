@@ -7,6 +7,7 @@ import csv
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import pytorch_metric_learning
 import ranks
 import torch
+import torch.nn.functional as F
+from baselines import principal
 from evaluate import METRICS, evaluate, spaces_of
 from images import Images, Split
 from network import Network, pool
@@ -92,11 +95,22 @@ class Run:
 
         return spaces_of(self.model, spaces, images, workers)
 
-    def score(self, split: Split, workers: int = 0) -> None:
-        """All metrics of the model and, for S2SD, of every head as if it were the embedder."""
-        self.spaces = {"test": self.project(split.test, workers)}
-        if split.gallery is not None:
-            self.spaces["gallery"] = self.project(split.gallery, workers)
+    def score(self, split: Split, workers: int = 0, cuts: Sequence[int] = ()) -> None:
+        """All metrics of the model and, for S2SD, of every head as if it were the embedder.
+
+        Args:
+            cuts: lengths to cut the model's embeddings to, plainly and by PCA of the training set.
+        """
+        parts = {"test": split.test} | ({"gallery": split.gallery} if split.gallery else {})
+        self.spaces = {part: self.project(images, workers) for part, images in parts.items()}
+        if cuts:
+            fitted = F.normalize(self.project(split.train, workers)["embeddings"], dim=1)
+            mean, directions = principal(fitted)
+        for spaces in self.spaces.values() if cuts else ():
+            whole = F.normalize(spaces["embeddings"], dim=1)
+            for cut in cuts:
+                spaces[f"first {cut}"] = whole[:, :cut]
+                spaces[f"PCA {cut}"] = (whole - mean) @ directions[:, :cut]
         for space, embeddings in self.spaces["test"].items():
             if space != "features":
                 name = self.name if space == "embeddings" else space

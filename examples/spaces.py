@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from baselines import principal
 from evaluate import recall_at_k
 from images import Images, Split
 from report import Run
@@ -106,10 +107,9 @@ def dimension(runs: list[Run], found: Spaces, split: Split, path: Path, workers:
         theirs = run.spaces["gallery"]["features"].cpu() if searched else None
         width = fitted.shape[1]
         sizes = [2**k for k in range(2, width.bit_length()) if 2**k < width] + [width]
-        mean = fitted.mean(dim=0)
-        directions = torch.linalg.svd(fitted - mean, full_matrices=False)[2]
-        tested = (tested - mean) @ directions.T
-        theirs = (theirs - mean) @ directions.T if searched else None
+        mean, directions = principal(fitted)
+        tested = (tested - mean) @ directions
+        theirs = (theirs - mean) @ directions if searched else None
         recalls = [recall(tested[:, :d], theirs[:, :d] if searched else None) for d in sizes]
         label = f"features of {run.name}, PCA"
         axes.plot(sizes, recalls, ".--", color=color, alpha=0.6, label=label)

@@ -33,6 +33,7 @@ import report
 import spaces
 import stop
 import torch
+from baselines import NestedLoss, teacher
 from by_name import make_loss, make_miner
 from evaluate import apply, recall_at_k
 from images import Batches, Images, Split
@@ -58,6 +59,8 @@ def pml_loss(args: argparse.Namespace, num_classes: int) -> LossAndMiner:
 def base_loss(args: argparse.Namespace, model: Network, num_classes: int) -> LossAndMiner:
     """That loss as it is. Over several ranks S2SDLoss without S2SD brings the batch together."""
     loss_func, miner = pml_loss(args, num_classes)
+    if args.nested:
+        return NestedLoss(loss_func, miner, args.embedding_size, args.nested), None
     if ranks.world() == 1:
         return loss_func, miner
     whole = S2SDLoss(loss_func, miner, head_dims=(), feature_weight=0, gather_distributed=True)
@@ -69,11 +72,13 @@ def s2sd_loss(args: argparse.Namespace, model: Network, num_classes: int) -> Los
     features: dict[str, Any] = {"embedder": model.embedder}
     if args.variant == "msdfa":  # max pooling needs the feature map
         features = {"trunk": model.trunk, "feature_dim": model.embedder.in_features}
+    if args.teacher:  # the features are its embeddings
+        features = {"feature_dim": export.load(args.teacher).embedding_size}
     make = getattr(S2SDLoss, args.variant)
     loss_func = make(
         *pml_loss(args, num_classes),
         **features,
-        head_dims=args.dims,
+        head_dims=() if args.teacher else args.dims,
         weight=args.weight,
         temperature=args.temperature,
         feature_weight=args.feature_weight,
@@ -129,6 +134,9 @@ class Trainer:
         loss_func.to(args.device)
         optimizer = optim.make_optimizer(args, model, loss_func)
         self.total = args.epochs * args.steps_per_epoch
+        self.teacher = None
+        if args.teacher and isinstance(loss_func, S2SDLoss):
+            self.teacher = teacher(args.teacher, args.device)
         self.schedule = optim.make_schedule(args, optimizer, self.total)
         self.stepper = optim.Stepper(args, optimizer, model)
         self.average, self.loss_func = average, loss_func
@@ -195,7 +203,7 @@ class Trainer:
                     raise stop.Stopped
         if main_rank:
             self.best.restore()
-            run.score(self.split, args.workers)
+            run.score(self.split, args.workers, args.cut if run.name == "base" else ())
             log.write(run.rows())
             log.close()
         return run
@@ -211,7 +219,8 @@ class Trainer:
         with self.stepper.autocast(enabled=s2sd):
             embeddings = embeddings if s2sd else embeddings.float()
             pairs = self.miner(embeddings, labels) if self.miner else None
-            loss = self.objective(embeddings, labels, pairs)
+            taught = {"features": self.teacher(images)} if self.teacher else {}
+            loss = self.objective(embeddings, labels, pairs, **taught)
         self.stepper.backward(loss / self.args.accumulate)
         return {"loss": loss.item(), **report.components(self.loss_func)}
 
@@ -258,6 +267,8 @@ def main(argv: list[str] | None = None) -> None:
         del makers["S2SD" if args.baseline_only else "base"]
     folder = args.output / CHECKPOINTS
     try:  # build everything once: what is wrong with the flags shows before any training
+        if ranks.world() > 1 and (args.nested or args.teacher):
+            raise ValueError("--nested and --teacher are for one process")
         ranks.check(args.device, args.batch_size, args.backbone == "cnn" or args.freeze_bn)
         split, held_out = prepare(args)
         network = make_network(args, split)

@@ -1,11 +1,19 @@
 """README and docs: Python blocks run, links lead somewhere, every public name is there."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from pml import loss_names, miner_names
 from snippets import run
+from test_examples import SMALL  # noqa: F401 - puts the examples on the path
+from trees import cub200, folder
+
+import compare  # isort: skip
+import config  # isort: skip
+import options  # isort: skip
+import train  # isort: skip
 
 import s2sd_pml
 
@@ -23,6 +31,49 @@ def test_python_blocks_run(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files
     blocks = run(page)
     assert blocks or page.name not in WITH_CODE
+
+
+def commands(page):
+    """What the page's bash blocks do with the example programs: the file and its flags."""
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if found := re.search(r"examples/(train|compare)\.py(?: (.*))?$", line):
+                yield found[1], shlex.split(found[2] or "")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_are_understood(page, tmp_path, capsys):
+    """With a miniature tree in the place of DIR they get as far as their data's counts."""
+    cub200(tmp_path / "cub200")
+    folder(tmp_path / "folder")
+    for program, flags in commands(page):
+        if program == "compare":
+            _, flags = compare.parser().parse_known_args(flags)
+        root = tmp_path / ("cub200" if "--recipe" in flags else "folder")
+        flags = [{"DIR": str(root), "photos": str(root)}.get(flag, flag) for flag in flags]
+        args = options.parse(options.parser(), [*flags, "--output", str(tmp_path / "out")])
+        if args.root or args.dataset == "icons400":
+            train.main([*flags, "--dry-run", "--backbone", "cnn", "--batch-size", "4",
+                        "--per-class", "2"])  # fmt: skip
+            assert "| train |" in capsys.readouterr().out
+
+
+def test_the_file_of_settings_of_the_docs_is_understood(tmp_path):
+    page = (ROOT / "docs" / "trainer.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(text)
+    args = options.parse(options.parser(), ["--config", str(tmp_path / "mine.yaml")])
+    assert (args.dataset, args.batch_size, args.loss_args["beta"]) == ("folder", 112, 40)
+
+
+def test_every_flag_that_the_trainers_page_names_is_one():
+    page = (ROOT / "docs" / "trainer.md").read_text(encoding="utf-8")
+    known = options.parser().format_help()
+    for flag in set(re.findall(r"`(--[a-z-]+)", page)) - {"--help", "--logdir"}:
+        assert re.search(rf"{flag}\b", known), flag
+    for recipe in re.findall(r"`((?:cub|cars|sop|emoji)-\w+-\w+(?:-\w+)?)`", page):
+        assert recipe in config.names(), recipe
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
