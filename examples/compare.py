@@ -21,9 +21,10 @@ import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -38,79 +39,154 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BASE = "base"
+LARGE = 512  # dimensions of what is cut down by PCA, and of the teacher of two stages
+CUTS = "4 8 16 32 64 128 256"
+
+
+class Method(NamedTuple):
+    """Flags of train.py for an embedding size, and which row of its metrics counts."""
+
+    flags: str
+    row: str = "S2SD"
+    sized: bool = True  # False: one training serves all sizes, up to the largest
+    largest: int = LARGE
+    teacher: str = ""  # the flags of what must be trained before
+
+
+BIG = f"--baseline-only --embedding-size {LARGE} --cut {CUTS}"
 METHODS = {
-    BASE: "--baseline-only",
-    "heads, no KL": "--s2sd-only --variant msd --weight 0",
-    "DSD": "--s2sd-only --variant dsd",
-    "MSD": "--s2sd-only --variant msd",
-    "MSDF": "--s2sd-only --variant msdf",
-    "MSDFA": "--s2sd-only --variant msdfa",
-    "base, twice the steps": "--baseline-only --epochs {twice}",
+    BASE: Method("--baseline-only", "base"),
+    "heads, no KL": Method("--s2sd-only --variant msd --weight 0"),
+    "DSD": Method("--s2sd-only --variant dsd"),
+    "MSD": Method("--s2sd-only --variant msd"),
+    "MSDF": Method("--s2sd-only --variant msdf"),
+    "MSDFA": Method("--s2sd-only --variant msdfa"),
+    "base, twice the steps": Method("--baseline-only --epochs {twice}", "base"),
+    f"base {LARGE} + PCA": Method(BIG, "PCA {size}", sized=False),
+    "nested": Method(
+        f"--baseline-only --embedding-size 128 --nested 8 16 32 64 --cut {CUTS[:-4]}",
+        "first {size}",
+        sized=False,
+        largest=128,
+    ),
+    "two stages": Method("--s2sd-only --variant msdf --feature-delay 0", teacher=BIG),
 }
 METRIC = "Recall@1"
 Row = dict[str, Any]
 
 
-def run_cell(flags: list[str], cell: dict[str, Any], path: Path) -> None:
-    """Train one cell and write its row, whole or not at all."""
+class Cell(NamedTuple):
+    """One training: its flags, the file of its results, and what it must wait for."""
+
+    flags: list[str]
+    path: Path
+    teacher: Path | None = None
+
+
+class Entry(NamedTuple):
+    """One row of the results: what it is, and where it is found."""
+
+    method: str
+    size: int
+    seed: int
+    row: str
+    cell: Cell
+
+
+def run_cell(cell: Cell) -> None:
+    """Train one cell and write its results, whole or not at all."""
     start = time.perf_counter()
-    folder = path.with_suffix("")
+    folder = cell.path.with_suffix("")
+    flags = [*cell.flags, "--quiet", "--no-report", "--threads", "1", "--output", str(folder)]
+    if f"--embedding-size {LARGE}" in " ".join(cell.flags):
+        flags += ["--export", str(folder / "model.pt")]
+    if cell.teacher:
+        flags += ["--teacher", str(cell.teacher.with_suffix("") / "model.pt")]
     with contextlib.redirect_stdout(io.StringIO()):
-        train.main([*flags, "--quiet", "--no-report", "--threads", "1", "--output", str(folder)])
+        train.main(flags)
     config = json.loads((folder / "config.json").read_text())
-    del config["output"]  # no number depends on it
+    for name in ("output", "export", "teacher", "command"):
+        del config[name]  # no number depends on these paths
     with open(folder / "metrics.csv", newline="") as file:
-        found = [r for r in csv.DictReader(file) if r["run"] in ("base", "S2SD")]
-    last = {r["metric"]: float(r["value"]) for r in found}
-    row = {**cell, **{m: last[m] for m in METRICS}}
-    row |= {"training_seconds": float(found[-1]["seconds"])}
-    row |= {
+        found = list(csv.DictReader(file))
+    scores: dict[str, dict[str, float]] = {}
+    for r in found:  # the last of each counts
+        scores.setdefault(r["run"], {})[r["metric"]] = float(r["value"])
+    seconds = max(float(r["seconds"]) for r in found)
+    if cell.teacher:  # its real cost
+        seconds += json.loads(cell.teacher.read_text())["training_seconds"]
+    content = {
+        "scores": {who: {m: v[m] for m in METRICS} for who, v in scores.items()},
+        "training_seconds": seconds,
         "wall_seconds": round(time.perf_counter() - start, 1),
         **config.pop("versions"),
         **config,
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(row))
-    os.replace(temporary, path)
+    temporary = cell.path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, cell.path)
 
 
-def grid(args: argparse.Namespace, rest: list[str]) -> dict[Path, tuple[list[str], Row]]:
-    """Every cell by the file of its row, named after its flags; versions stand in the row."""
-    twice = 2 * options.parser().parse_args(rest).epochs
-    methods = {name: METHODS[name].format(twice=twice) for name in args.methods}
+def grid(args: argparse.Namespace, rest: list[str]) -> list[Entry]:
+    """Every row of the results. A cell's file is named after its flags."""
+    twice = 2 * options.parse(options.parser(), rest).epochs
+    methods = {name: METHODS[name] for name in args.methods}
     for text in args.method:
         name, colon, flags = text.partition(":")
         if not colon:
             raise SystemExit(f"--method {text!r} is not of the form 'name: flags of train.py'")
-        methods[name.strip()] = f"--s2sd-only {flags.strip()}"
-    cells = {}
-    for size in args.sizes:
-        for seed in args.seeds:
-            for name, flags in methods.items():
-                sized = ["--embedding-size", str(size), "--seed", str(seed)]
-                every = [
-                    *rest,
-                    *(["--validation"] if args.validation else []),
-                    *flags.split(),
-                    *sized,
-                ]
-                key = hashlib.sha256(json.dumps(every).encode()).hexdigest()[:12]
-                cell = {"method": name, "size": size, "seed": seed, "flags": " ".join(every)}
-                cells[args.output / "cells" / f"{key}.json"] = (every, cell)
-    return cells
+        methods[name.strip()] = Method(f"--s2sd-only {flags.strip()}")
+    common = [*rest, *(["--validation"] if args.validation else [])]
+
+    def cell(flags: str, size: int | None, seed: int, teacher: Path | None = None) -> Cell:
+        sized = [] if size is None else ["--embedding-size", str(size)]
+        every = [*common, *flags.format(twice=twice).split(), *sized, "--seed", str(seed)]
+        key = hashlib.sha256(json.dumps([*every, bool(teacher)]).encode()).hexdigest()[:12]
+        return Cell(every, args.output / "cells" / f"{key}.json", teacher)
+
+    entries = []
+    for size, seed in product(args.sizes, args.seeds):
+        for name, method in methods.items():
+            if not method.sized and size > method.largest:
+                continue
+            before = cell(method.teacher, None, seed) if method.teacher else None
+            own = cell(
+                method.flags, size if method.sized else None, seed, before.path if before else None
+            )
+            row = method.row.format(size=size)
+            if not method.sized and size == method.largest:
+                row = "base"
+            if before:
+                entries.append(Entry("", LARGE, seed, "base", before))  # to be trained, not shown
+            entries.append(Entry(name, size, seed, row, own))
+    return entries
 
 
-def run(cells: dict[Path, tuple[list[str], Row]], workers: int) -> None:
-    """Train what is not there yet."""
-    missing = {path: cell for path, cell in cells.items() if not path.exists()}
+def results(entries: list[Entry]) -> list[Row]:
+    """The rows of the table, from the files of the cells."""
+    rows = []
+    for entry in entries:
+        if entry.method:
+            content = json.loads(entry.cell.path.read_text())
+            what = {"method": entry.method, "size": entry.size, "seed": entry.seed}
+            scores = content.pop("scores")[entry.row]
+            rows.append({**what, **scores, **content, "flags": " ".join(entry.cell.flags)})
+    return rows
+
+
+def run(entries: list[Entry], workers: int) -> None:
+    """Train what is not there yet, teachers before their students."""
+    cells = {entry.cell.path: entry.cell for entry in entries}
+    missing = [cell for path, cell in cells.items() if not path.exists()]
     with (
         ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
         tqdm(total=len(cells), initial=len(cells) - len(missing), desc="cells") as bar,
     ):
-        waiting = [pool.submit(run_cell, *cell, path) for path, cell in missing.items()]
-        for done in as_completed(waiting):
-            done.result()
-            bar.update()
+        for wave in (False, True):
+            now = [cell for cell in missing if bool(cell.teacher) == wave]
+            for done in as_completed([pool.submit(run_cell, cell) for cell in now]):
+                done.result()
+                bar.update()
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
@@ -199,11 +275,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, write and print."""
     args, rest = parser().parse_known_args(argv)
-    cells = grid(args, rest)
+    entries = grid(args, rest)
     (args.output / "cells").mkdir(parents=True, exist_ok=True)
-    run(cells, args.workers)
+    run(entries, args.workers)
 
-    rows = [json.loads(path.read_text()) for path in cells]
+    rows = results(entries)
     with open(args.output / "results.csv", "w", newline="") as file:
         columns = list(dict.fromkeys(column for row in rows for column in row))
         writer = csv.DictWriter(file, columns)

@@ -9,6 +9,7 @@ import pytest
 from test_examples import SMALL
 
 import compare  # isort: skip
+import export  # isort: skip
 
 TINY = [*SMALL[:-2], "--workers", "2", "--seeds", "0", "1", "--sizes", "4", "8"]
 
@@ -55,13 +56,30 @@ def test_a_grid_is_run_once_grows_and_resumes(tmp_path, capsys):
 def test_another_flag_is_another_cell(tmp_path):
     def cells(*flags):
         args = compare_args(["--output", str(tmp_path), *flags])
-        return set(compare.grid(*args))
+        return {entry.cell.path for entry in compare.grid(*args)}
 
     assert cells("--validation").isdisjoint(cells())
     assert cells("--lr", "0.1").isdisjoint(cells())
     assert cells("--seeds", "0") < cells()
     found = compare.grid(*compare_args(["--methods", "base, twice the steps", "--epochs", "3"]))
-    assert all("--baseline-only --epochs 6" in cell["flags"] for _, cell in found.values())
+    assert all("--baseline-only --epochs 6" in " ".join(entry.cell.flags) for entry in found)
+
+
+def test_what_serves_all_sizes_is_trained_once_and_teachers_come_first(tmp_path):
+    names = ["base", "base 512 + PCA", "nested", "two stages"]
+    flags = ["--output", str(tmp_path), *TINY, "--seeds", "0", "--sizes", "8", "16", "128", "256"]
+    compare.main([*flags, "--methods", *names])
+    assert len(list((tmp_path / "cells").glob("*.json"))) == 4 + 1 + 1 + 4  # PCA's is the teacher
+    found = {(r["method"], int(r["size"])): r for r in rows(tmp_path)}
+    assert ("nested", 256) not in found  # it has 128 dimensions
+    assert set(found) == {(n, s) for n in names for s in (8, 16, 128, 256)} - {("nested", 256)}
+    pca = [float(found["base 512 + PCA", size]["Recall@1"]) for size in (8, 128)]
+    assert 0 < pca[0] < pca[1] < 1
+    student, teacher = (found[name, 8] for name in ("two stages", "base 512 + PCA"))
+    assert float(student["training_seconds"]) > float(teacher["training_seconds"])
+    assert "--variant msdf" in student["flags"]
+    folder = next(p for p in (tmp_path / "cells").iterdir() if (p / "model.pt").exists())
+    assert export.load(folder / "model.pt").embedding_size == 512
 
 
 def compare_args(flags):
