@@ -50,23 +50,42 @@ BROWSER = (
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", ["1200,900", "390,844"])
-def test_a_browser_shows_it_without_a_message_and_within_its_width(folder, size, tmp_path):
+def test_a_browser_shows_it_readable_and_without_a_message(folder, size, scheme, tmp_path):
     """A copy of the page measures itself, so that the browser can tell."""
     probe = """<script>addEventListener("load", () => {
       const images = [...document.images].every(i => i.complete && i.naturalWidth > 0);
-      document.title = [images, document.documentElement.scrollWidth <= innerWidth].join(" ");
+      const fits = document.documentElement.scrollWidth <= innerWidth;
+      const scheme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+      const light = color => {  // relative luminance, as WCAG defines it
+        const [r, g, b] = color.match(/[0-9]+/g).slice(0, 3).map(v => v / 255)
+          .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      };
+      const style = getComputedStyle(document.body);
+      const [a, b] = [light(style.color), light(style.backgroundColor)];
+      const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+      document.title = [images, fits, scheme, contrast >= 7, a > b].join(" ");
     })</script></body>"""
     copy = tmp_path / "copy.html"
     copy.write_text((folder / "report.html").read_text().replace("</body>", probe))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    dark = scheme == "dark"
+    flags = [
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+    ]
     done = subprocess.run(
         [BROWSER, *flags, f"--window-size={size}", "--dump-dom", copy.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert "<title>true true</title>" in done.stdout
+    expected = f"true true {scheme} true {str(dark).lower()}"
+    assert f"<title>{expected}</title>" in done.stdout
     assert "CONSOLE" not in done.stderr
 
 
