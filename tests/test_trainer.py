@@ -52,8 +52,9 @@ def test_mixed_precision_trains(tmp_path, amp):
     flags = "--batch-size 8 --feature-delay 0 --loss ProxyAnchorLoss --miner none".split()
     rows = main(tmp_path, *flags, "--amp", amp, "--checkpoint-every", 3)
     plain = main(tmp_path / "plain", *flags)
+    near = {"bf16": 0.02, "fp16": 0.2}[amp]  # a scaler passes over steps until it has its scale
     for who in ("base", "S2SD"):
-        assert final(rows, who)["loss"] == pytest.approx(final(plain, who)["loss"], rel=0.02)
+        assert final(rows, who)["loss"] == pytest.approx(final(plain, who)["loss"], rel=near)
         assert final(rows, who)["loss"] != final(plain, who)["loss"]
     content = checkpoint.read(checkpoint.files(tmp_path / "checkpoints")[-1], checkpoint.KIND)
     assert bool(content["states"]["stepper"]) == (amp == "fp16")  # the scale is kept
