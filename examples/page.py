@@ -8,13 +8,13 @@ import json
 from pathlib import Path
 
 PICTURES = {
-    "recall.png": "Recall@1 on unseen classes over training",
+    "recall.png": "Recall@1 on test classes over training",
     "dimension.png": "Recall@1 against dimension: the embeddings, the heads that teach, and the "
     "trunk's features cut down by PCA",
     "retrieval.png": "Queries and their nearest neighbours; green is the right class",
     "similarity.png": "Similarities of the same images in each space, ordered by class: what is "
     "distilled",
-    "projection.png": "60 of the unseen classes by t-SNE, ten of them in colour",
+    "projection.png": "60 of the test classes by t-SNE, ten of them in colour",
     "spectrum.png": "Singular values of each space; ρ is 0 where all directions are used alike",
 }
 STYLE = """

@@ -22,7 +22,7 @@ RIGHT, WRONG, QUERY = "#2ca02c", "#d62728", "#333333"
 def recall(runs: Sequence[Run], path: Path) -> None:
     """Recall@1 on unseen classes after every epoch, one curve a run.
 
-    With --choose-epoch that is on the held-out training classes, and so says the label.
+    With --choose-epoch it is that on held-out training classes, the chosen epoch marked.
     """
     metric = next(
         (m for _, _, _, m, *_ in runs[0].history if m.startswith("validation")), "Recall@1"
@@ -31,8 +31,14 @@ def recall(runs: Sequence[Run], path: Path) -> None:
     for run, color in zip(runs, (BASE, S2SD), strict=False):
         epochs, values = run.curve(metric)
         percent = [100 * value for value in values]
-        axes.plot(epochs, percent, ".-", color=color, label=f"{run.name} ({percent[-1]:.1f})")
-    axes.set(xlabel="epoch", ylabel=f"{metric} on unseen classes (%)")
+        shown = run.chosen - 1 if run.chosen else -1
+        axes.plot(epochs, percent, ".-", color=color, label=f"{run.name} ({percent[shown]:.1f})")
+        if run.chosen:
+            axes.plot(epochs[shown], percent[shown], "o", color=color, ms=9)
+    axes.set(
+        xlabel="epoch",
+        ylabel=f"{metric} on test classes (%)" if metric == "Recall@1" else f"{metric} (%)",
+    )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
@@ -76,7 +82,9 @@ def retrieval(
         axes.axis("on")
         axes.imshow(images.picture(index), vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[])
-        axes.set_title(images.names[images.labels[index]][:14], fontsize=5.5, pad=2)
+        axes.set_title(
+            images.names[images.labels[index]][:14], fontsize=5.5, pad=2, parse_math=False
+        )
         for spine in axes.spines.values():
             spine.set(color=color, linewidth=1.8)
 

@@ -6,6 +6,7 @@ Without torchrun all of this does nothing.
 
 from __future__ import annotations
 
+import gc
 import os
 from datetime import timedelta
 from typing import Any
@@ -58,8 +59,13 @@ def start(device: str) -> str:
 
 
 def stop() -> None:
-    """Leave the other ranks."""
+    """Leave the other ranks, once nothing holds what ``parallel`` made.
+
+    DistributedDataParallel would destroy its process group while it holds Python's lock, for which
+    the group's own thread may be waiting.
+    """
     if world() > 1:
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -113,6 +119,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world() == 1:
             return super().forward(x)
+        x, given = x.float(), x.dtype  # sums of half precision are none
         dims = (0, 2, 3)
         count = _sum(x.new_tensor(x.numel() / x.shape[1]))
         mean = _sum(x.sum(dims)) / count
@@ -123,7 +130,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(given)
 
 
 class _Sum(torch.autograd.Function):

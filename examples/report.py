@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import shlex
 import sys
@@ -17,7 +18,7 @@ import ranks
 import torch
 import torch.nn.functional as F
 from baselines import principal
-from evaluate import METRICS, evaluate, spaces_of
+from evaluate import evaluate, spaces_of
 from images import Images, Split
 from network import Network, pool
 from torch import Tensor, nn
@@ -28,11 +29,16 @@ from s2sd_pml import S2SDLoss
 COMPONENTS = ("base", "aux", "distill", "feature_distill")
 VALIDATION = "validation Recall@1"  # on held-out training classes, after an epoch
 COLUMNS = ("run", "epoch", "step", "metric", "value", "seconds")
-PROGRESS = ("epoch", "step", "seconds", "recorded", "history")
-# Flags that change no number.
+PROGRESS = ("epoch", "step", "chosen", "seconds", "recorded", "history")
+# Flags that change no number; of the data, its fingerprint counts.
 WHERE = (
     *("output", "quiet", "checkpoint_every", "resume", "export", "report", "wandb", "workers"),
     *("recipe", "config", "dry_run", "root"),
+)
+# What a repeated run has anew.
+UNREPEATED = (
+    *("recipe", "config", "dry_run", "resume", "output", "export", "checkpoint_every", "wandb"),
+    *("report", "quiet"),
 )
 Row = tuple[str, int, int, str, float, float]  # as in COLUMNS
 Scores = dict[str, dict[str, float]]
@@ -45,8 +51,10 @@ class Run:
     name: str
     model: Network
     loss_func: nn.Module
+    trained: Network  # the same, unless --ema tests an average; the heads go with this one
     epoch: int = 0
     step: int = 0
+    chosen: int = 0  # the epoch that --choose-epoch tests
     seconds: float = 0.0  # of training, without evaluation
     recorded: list[dict[str, float]] = field(default_factory=list)  # at each step of this epoch
     history: list[Row] = field(default_factory=list)
@@ -75,12 +83,15 @@ class Run:
 
     def rows(self) -> list[Row]:
         """The history and then the scores, the run's own and those of the heads."""
-        final = [row for who, values in self.scores.items() for row in self._rows(who, values)]
+        chosen = self.chosen or self.epoch
+        final = [
+            row for who, values in self.scores.items() for row in self._rows(who, values, chosen)
+        ]
         return self.history + final
 
-    def _rows(self, who: str, values: dict[str, float]) -> list[Row]:
-        now = round(self.seconds, 3)
-        return [(who, self.epoch, self.step, metric, v, now) for metric, v in values.items()]
+    def _rows(self, who: str, values: dict[str, float], epoch: int | None = None) -> list[Row]:
+        now, epoch = round(self.seconds, 3), self.epoch if epoch is None else epoch
+        return [(who, epoch, self.step, metric, v, now) for metric, v in values.items()]
 
     def project(self, images: Images, workers: int = 0) -> dict[str, Tensor]:
         """ "embeddings", "features" and "head D" of all images, in one pass."""
@@ -89,13 +100,16 @@ class Run:
             features = self.model.trunk(batch)
             found = {"embeddings": self.model.embedder(pool(features)), "features": pool(features)}
             if isinstance(self.loss_func, S2SDLoss) and self.loss_func.head_dims:
-                heads = self.loss_func.project(features)
+                own = features if self.trained is self.model else self.trained.trunk(batch)
+                heads = self.loss_func.project(own)
                 found |= {f"head {dim}": heads[dim] for dim in heads}
             return found
 
-        return spaces_of(self.model, spaces, images, workers)
+        return spaces_of([self.model, self.trained], spaces, images, workers)
 
-    def score(self, split: Split, workers: int = 0, cuts: Sequence[int] = ()) -> None:
+    def score(
+        self, split: Split, workers: int = 0, cuts: Sequence[int] = (), nmi: bool = True
+    ) -> None:
         """All metrics of the model and, for S2SD, of every head as if it were the embedder.
 
         Args:
@@ -115,7 +129,7 @@ class Run:
             if space != "features":
                 name = self.name if space == "embeddings" else space
                 gallery = self.gallery(split, space)
-                self.scores[name] = evaluate(embeddings, split.test.labels, gallery)
+                self.scores[name] = evaluate(embeddings, split.test.labels, split.ks, gallery, nmi)
 
     def gallery(self, split: Split, space: str) -> tuple[Tensor, Tensor] | None:
         """What is searched, where that is not the test images themselves."""
@@ -148,10 +162,13 @@ def table(runs: list[Run]) -> str:
     if {"base", "S2SD"} <= set(columns):
         columns.insert(2, "difference")
     lines = [["", *columns]]
-    for metric in METRICS:
+    for metric in scores[runs[0].name]:
         values = {name: 100 * scores[name][metric] for name in scores}
         lines.append([metric, *_cells(values, columns, "")])
     lines.append(["training time", *_cells(seconds, columns, " s")])
+    if any(run.chosen for run in runs):
+        chosen = {run.name: str(run.chosen) for run in runs}
+        lines.append(["chosen epoch", *(chosen.get(name, "") for name in columns)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     return "\n".join(
@@ -169,7 +186,10 @@ def _cells(values: dict[str, float], columns: list[str], unit: str) -> list[str]
 
 def title(args: argparse.Namespace, split: Split) -> str:
     """What the table compares."""
+    shared = len(set(split.train.names) & set(split.test.names))
     kind = "held-out training" if args.validation else "unseen"
+    if shared and not args.validation:
+        kind = f"test (of which {shared} are training classes too)"
     s2sd = "" if args.baseline_only else f", {args.variant}"
     return (
         f"{args.dataset}: {args.loss}{s2sd}, embedding size {args.embedding_size}, "
@@ -181,7 +201,7 @@ def title(args: argparse.Namespace, split: Split) -> str:
 def counts(split: Split) -> str:
     """What is trained and tested with."""
     lines = ["| | classes | images | smallest class | largest |", "| --- |" + " ---: |" * 4]
-    for part, images in zip(("train", "test", "gallery"), split, strict=True):
+    for part, images in zip(("train", "test", "gallery"), split[:3], strict=True):
         if images is not None:
             sizes = images.labels.bincount(minlength=len(images.names))
             sizes = sizes[sizes > 0]
@@ -203,9 +223,20 @@ def write(args: argparse.Namespace, runs: list[Run], split: Split) -> None:
 
 def write_config(args: argparse.Namespace) -> None:
     """config.json: every setting as it was resolved, for --config, and what else made the run."""
-    config = {name: v for name, v in vars(args).items() if name not in ("recipe", "config")}
+    config = {name: v for name, v in vars(args).items() if name not in UNREPEATED}
+    config["device"] = torch.device(args.device).type  # that of rank 0 is its own
     config |= {"command": shlex.join(sys.argv), "ranks": ranks.world(), "versions": versions()}
     (args.output / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+
+
+def fingerprint(split: Split) -> str:
+    """Changes with the classes, the labels and the names of files, wherever these lie."""
+    digest = hashlib.sha256()
+    for images in split[:3]:
+        if images is not None:
+            digest.update(repr((images.names, images.labels.tolist())).encode())
+            digest.update(repr([path.name for path in getattr(images, "paths", ())]).encode())
+    return digest.hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
@@ -213,9 +244,10 @@ def versions() -> dict[str, str]:
     return {m.__name__: m.__version__ for m in (torch, pytorch_metric_learning, s2sd_pml)}
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
+def settings(args: argparse.Namespace, split: Split) -> dict[str, Any]:
     """All that the numbers depend on, in plain values."""
     flags = {name: value for name, value in vars(args).items() if name not in WHERE}
+    flags |= {"data": fingerprint(split)}
     flags |= {"threads": torch.get_num_threads(), "ranks": ranks.world(), **versions()}
     plain: dict[str, Any] = json.loads(json.dumps(flags, default=str))
     return plain

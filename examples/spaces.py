@@ -41,13 +41,13 @@ def spaces(runs: list[Run], part: str) -> Spaces:
     return {name: F.normalize(z, dim=1).cpu() for name, z in found.items()}
 
 
-def rho(embeddings: Tensor) -> float:
+def rho(embeddings: Tensor, values: Tensor | None = None) -> float:
     """ρ = KL(uniform ‖ spectrum) of the normalised singular values: 0 if all directions are used.
 
     Source: Roth et al., "Revisiting Training Strategies and Generalization Performance in Deep
     Metric Learning", ICML 2020 (arXiv 2002.08473).
     """
-    values = torch.linalg.svdvals(embeddings.double())
+    values = torch.linalg.svdvals(embeddings.double()) if values is None else values
     spectrum = (values / values.sum()).clamp_min(1e-12)
     uniform = torch.full_like(spectrum, 1 / len(spectrum))
     return float((uniform * (uniform / spectrum).log()).sum())
@@ -79,7 +79,7 @@ def spectrum(found: Spaces, path: Path) -> None:
     for (name, z), color in zip(found.items(), COLORS, strict=False):
         values = torch.linalg.svdvals(z.double())
         x = (torch.arange(len(values)) + 1) / len(values)
-        label = f"{name}: ρ = {rho(z):.2f}"
+        label = f"{name}: ρ = {rho(z, values):.2f}"
         axes.plot(x, values / values.sum() * len(values), ".-", color=color, ms=3, label=label)
     axes.set(
         xlabel="place of the singular value, as a share of the dimensions",
@@ -119,7 +119,7 @@ def dimension(runs: list[Run], found: Spaces, split: Split, path: Path, workers:
         axes.plot(z.shape[1], value, marker, color=color, ms=9, label=name)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set(xlabel="dimensions", ylabel="Recall@1 on unseen classes (%)")
+    axes.set(xlabel="dimensions", ylabel="Recall@1 on test classes (%)")
     _tidy(axes, "lower right")
     _save(figure, path)
 
@@ -141,7 +141,13 @@ def projection(
         axes.scatter(*points.T, s=3, color="#cccccc")
         for label in chosen[:10]:
             own = points[labels[rows] == label]
-            axes.scatter(*own.T, s=22, edgecolors="white", linewidths=0.5, label=data.names[label])
+            axes.scatter(
+                *own.T,
+                s=22,
+                edgecolors="white",
+                linewidths=0.5,
+                label=data.names[label].replace("$", r"\$"),
+            )
         axes.set(title=run.name, xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     handles, names = grid[0, 0].get_legend_handles_labels()

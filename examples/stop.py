@@ -14,6 +14,11 @@ class Stopped(Exception):  # noqa: N818 - it is no error
     """A run was asked to end, and its checkpoint is written."""
 
 
+def ignore(_worker: int) -> None:
+    """What a process that loads images does about Ctrl-C: the one that trains ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Request:
     """Remembers the first signal; the second ends the program where it is."""
 

@@ -43,7 +43,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from s2sd_pml import S2SDLoss
+from s2sd_pml import ProjectionHead, S2SDLoss
 from s2sd_pml.errors import S2SDError
 
 CHECKPOINTS = "checkpoints"
@@ -79,10 +79,11 @@ def s2sd_loss(args: argparse.Namespace, model: Network, num_classes: int) -> Los
         *pml_loss(args, num_classes),
         **features,
         head_dims=() if args.teacher else args.dims,
+        head=nn.Linear if args.linear_heads else ProjectionHead,
         weight=args.weight,
         temperature=args.temperature,
         feature_weight=args.feature_weight,
-        feature_delay=args.feature_delay,
+        feature_delay=args.feature_delay * args.accumulate,  # it counts forwards
         exclude_self=args.exclude_self,
         gather_distributed=ranks.world() > 1,
     )
@@ -140,7 +141,7 @@ class Trainer:
         self.schedule = optim.make_schedule(args, optimizer, self.total)
         self.stepper = optim.Stepper(args, optimizer, model)
         self.average, self.loss_func = average, loss_func
-        self.run = Run(name, average.model, loss_func)
+        self.run = Run(name, average.model, loss_func, trained=model)
         self.best = optim.Best(model=average.model, loss_func=loss_func)
         self.parts = {
             "run": self.run,
@@ -162,6 +163,12 @@ class Trainer:
 
     def train(self, asked: stop.Request) -> Run:
         """All steps that are left, then the scores."""
+        try:
+            return self._train(asked)
+        finally:
+            del self.embed, self.objective
+
+    def _train(self, asked: stop.Request) -> Run:
         args, run = self.args, self.run
         main_rank = ranks.rank() == 0
         log = events.Events(args, run.name, run.step, len(run.history)) if main_rank else None
@@ -174,6 +181,7 @@ class Trainer:
                 num_workers=args.workers,
                 pin_memory=torch.device(args.device).type == "cuda",
                 generator=torch.Generator(),  # the global one is left alone
+                worker_init_fn=stop.ignore,
             )
         )
         silent = args.quiet or not main_rank
@@ -203,9 +211,13 @@ class Trainer:
                     raise stop.Stopped
         if main_rank:
             self.best.restore()
-            run.score(self.split, args.workers, args.cut if run.name == "base" else ())
+            cuts = args.cut if run.name == "base" else ()
+            run.score(self.split, args.workers, cuts, nmi=args.nmi)
             log.write(run.rows())
             log.close()
+            if asked.made:
+                self.save()
+                raise stop.Stopped
         return run
 
     def batch(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -238,6 +250,7 @@ class Trainer:
         run.record({VALIDATION if self.held_out else "Recall@1": recall})
         if self.held_out:
             self.best.update(recall, run.epoch)
+            run.chosen = self.best.epoch
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -277,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
         optim.Stepper(args, torch.optim.Adam(network.parameters()), network)
         make_batches(args, split.train)
         events.check(args)
-        settings = report.settings(args)
+        settings = report.settings(args, split)
         states = dict.fromkeys(makers)
         if args.resume:
             states = {name: checkpoint.newest(folder, name, settings) for name in makers}
@@ -302,24 +315,38 @@ def main(argv: list[str] | None = None) -> None:
                 trainers.append(Trainer(name, make, args, split, held_out, settings, states[name]))
                 trainers[-1].train(asked)
         except stop.Stopped:
-            if ranks.rank() == 0:
-                for finished in trainers[:-1]:
-                    finished.save()
-                print(
-                    f"\nStopped after step {trainers[-1].run.step} of {trainers[-1].run.name}. "
-                    "The same command with --resume goes on.",
-                    file=sys.stderr,
-                )
+            ended(trainers, "Stopped")
             ranks.stop()
             sys.exit(130)
+        except OSError as error:  # an image, a full disk
+            if ranks.world() > 1 or not trainers:
+                raise
+            trainers[-1].save()
+            ended(trainers, f"{error}\nEnded")
+            sys.exit(1)
     ranks.stop()
     if ranks.rank() == 0:
         finish(args, [trainer.run for trainer in trainers], split)
 
 
+def ended(trainers: list[Trainer], how: str) -> None:
+    """Keep what was done, and tell how to go on."""
+    if ranks.rank() == 0:
+        for finished in trainers[:-1]:
+            finished.save()
+        run = trainers[-1].run
+        print(
+            f"\n{how} after step {run.step} of {run.name}. The same command with --resume goes on.",
+            file=sys.stderr,
+        )
+
+
 def finish(args: argparse.Namespace, runs: list[Run], split: Split) -> None:
     """Write and print what came out."""
     report.write(args, runs, split)
+    if args.export:
+        images, _ = split.test[list(range(min(len(split.test), 64))), None]
+        export.write(runs[-1].model, args.export, images.to(args.device))
     if args.report:
         plots.recall(runs, args.output / "recall.png")
         plots.retrieval(runs, split, args.output / "retrieval.png", seed=args.seed)
@@ -329,8 +356,6 @@ def finish(args: argparse.Namespace, runs: list[Run], split: Split) -> None:
     print(f"\nMetrics and configuration are in {args.output}", end="")
     print(", with pictures in report.html" if args.report else "")
     if args.export:
-        images, _ = split.test[list(range(min(len(split.test), 64))), None]
-        export.write(runs[-1].model, args.export, images.to(args.device))
         print(f"The {runs[-1].name} model, loaded back and compared, is in {args.export}")
 
 

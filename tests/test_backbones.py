@@ -87,6 +87,30 @@ def test_lite0_is_the_pretrained_one():
     assert pretrained.trunk.mean.flatten().tolist() == pytest.approx([127 / 255] * 3)
 
 
+def inner(name):
+    """The network as its own package makes it, classifier and all."""
+    if name == "cnn":
+        return make("cnn").trunk.body
+    module = __import__(NEEDS[name])
+    if name == "lite0":
+        return __import__("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
+    if name == "bninception":
+        return module.bninception(1000, pretrained=None)
+    return module.models.resnet50() if name == "resnet50" else module.create_model(name)
+
+
+def test_weights_come_from_the_packages_own_state_dict(name, tmp_path):
+    states = inner(name).state_dict()
+    torch.save(states, tmp_path / "net.pt")
+    loaded = make(name, weights=tmp_path / "net.pt").trunk.state_dict()
+    assert len(loaded) > 10
+    known = {tuple(v.shape): [] for v in states.values()}
+    for value in states.values():
+        known[tuple(value.shape)].append(value)
+    for value in loaded.values():
+        assert any(torch.equal(value, v) for v in known[tuple(value.shape)])
+
+
 def test_weights_come_from_a_file(tmp_path):
     source = make("cnn")
     torch.save(source.trunk.body.state_dict(), tmp_path / "trunk.pt")
@@ -94,7 +118,9 @@ def test_weights_come_from_a_file(tmp_path):
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(loaded.eval().trunk(images), source.eval().trunk(images))
     torch.save({"0.0.weight": torch.zeros(16, 3, 3, 3)}, tmp_path / "part.pt")
-    with pytest.raises(ValueError, match=r"part\.pt lacks 19 tensors of cnn, such as 0\.2\.weight"):
+    with pytest.raises(
+        ValueError, match=r"part\.pt lacks 19 tensors of Sequential, such as 0\.2\.weight"
+    ):
         make("cnn", weights=tmp_path / "part.pt")
     (tmp_path / "none.pt").write_bytes(b"no weights")
     with pytest.raises(ValueError, match=r"none\.pt cannot be loaded"):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import signal
 
 import pytest
 from test_examples import SMALL
 
 import compare  # isort: skip
 import export  # isort: skip
+import report  # isort: skip
 
 TINY = [*SMALL[:-2], "--workers", "2", "--seeds", "0", "1", "--sizes", "4", "8"]
 
@@ -80,6 +83,20 @@ def test_what_serves_all_sizes_is_trained_once_and_teachers_come_first(tmp_path)
     assert "--variant msdf" in student["flags"]
     folder = next(p for p in (tmp_path / "cells").iterdir() if (p / "model.pt").exists())
     assert export.load(folder / "model.pt").embedding_size == 512
+
+
+def test_a_cell_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "cells").mkdir()
+    flags = ["--output", str(tmp_path), *TINY, "--seeds", "0", "--sizes", "4", "--methods", "base"]
+    (entry,) = compare.grid(*compare_args(flags))
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "components", lambda _: os.kill(os.getpid(), signal.SIGINT) or {})
+        with pytest.raises(SystemExit):
+            compare.run_cell(entry.cell)
+    assert not entry.cell.path.exists()
+    compare.run_cell(entry.cell)
+    (row,) = compare.results([entry])
+    assert 0 < row["Recall@1"] < 1
 
 
 def compare_args(flags):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 
@@ -22,6 +23,8 @@ import image_sets  # isort: skip
 import images  # isort: skip
 import optim  # isort: skip
 import options  # isort: skip
+import ranks  # isort: skip
+import report  # isort: skip
 import stop  # isort: skip
 import train  # isort: skip
 
@@ -137,6 +140,38 @@ def test_the_compiled_trunk_gives_the_same_numbers(tmp_path, monkeypatch):
         calls.clear()
 
 
+def test_what_was_trained_in_another_layout_is_exported_all_the_same(tmp_path):
+    main(tmp_path, "--no-channels-last", "--export", tmp_path / "model.pt")
+    assert export.load(tmp_path / "model.pt").embedding_size == 16
+
+
+def test_the_delay_of_features_counts_steps_whatever_is_accumulated(tmp_path):
+    flags = ["--s2sd-only", "--epochs", 3, "--steps-per-epoch", 1, "--feature-delay", 2]
+    for accumulate in (1, 2):
+        rows = main(tmp_path / str(accumulate), *flags, "--accumulate", accumulate)
+        terms = [float(r["value"]) for r in rows if r["metric"] == "feature_distill"]
+        assert [term != 0 for term in terms] == [False, False, True]
+
+
+def test_the_heads_of_an_average_are_scored_on_the_trunk_they_were_trained_on(tmp_path):
+    flags = ["--s2sd-only", "--seed", 1]
+    plain = main(tmp_path / "a", *flags)
+    averaged = main(tmp_path / "b", *flags, "--ema", 0.99)
+    assert final(plain, "head 24") == final(averaged, "head 24")
+    assert final(plain, "S2SD")["MAP@R"] != final(averaged, "S2SD")["MAP@R"]
+
+
+def test_batch_norm_over_ranks_takes_half_precision(monkeypatch):
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    monkeypatch.setattr(ranks, "_sum", lambda x: x)
+    own, plain = ranks.BatchNorm2d(3), torch.nn.BatchNorm2d(3)
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(own(x), plain(x))
+    half = own(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), plain(x), atol=0.05, rtol=0.05)
+
+
 def rates(*flags, steps=8):
     args = parsed("--lr", 1, "--embedder-lr", 5, "--steps-per-epoch", 2, *flags)
     model = train.Network(4)
@@ -198,6 +233,10 @@ def test_the_epoch_is_chosen_on_held_out_classes(tmp_path, monkeypatch):
     assert validation == [0.5, 0.7, 0.6]
     model = export.load(tmp_path / "model.pt")
     assert_same(dict(model.state_dict()), states[1])
+    assert {r["epoch"] for r in rows if r["metric"] == "NMI"} == {"2"}
+    assert re.search(
+        r"^\| chosen epoch +\| +2 \|$", (tmp_path / "table.md").read_text(), re.MULTILINE
+    )
     split = image_sets.load(parsed())
     recall = original(train.apply(model, split.test), split.test.labels)
     assert final(rows, "base")["Recall@1"] == pytest.approx(recall["Recall@1"], abs=2e-3)
@@ -241,6 +280,52 @@ def test_ctrl_c_ends_with_a_checkpoint_from_which_the_run_goes_on(
     train.main([*map(str, flags), "--resume"])
     train.main([*LONG, "--no-report", "--output", str(tmp_path / "whole")])
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_ctrl_c_in_the_last_scoring_loses_nothing(tmp_path, monkeypatch):
+    original = report.evaluate
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    out = ["--no-report", "--output", str(tmp_path / "cut")]
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "evaluate", interrupted)
+        with pytest.raises(SystemExit) as caught:
+            train.main([*LONG, *out])
+    assert caught.value.code == 130
+    assert {p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()} == {"base-00000006.pt"}
+    train.main([*LONG, *out, "--resume"])
+    train.main([*LONG, "--no-report", "--output", str(tmp_path / "whole")])
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_an_image_that_cannot_be_read_ends_with_a_checkpoint(tmp_path, capsys):
+    root = folder(tmp_path / "tree")
+    flags = f"--dataset folder --image-size 32 --root {root} --batch-size 6 --per-class 2".split()
+    flags += ["--quiet", "--no-report", "--epochs", "40", "--output", str(tmp_path / "out")]
+    next(root.rglob("1.png")).write_bytes(b"no image at all")
+    with pytest.raises(SystemExit) as caught:
+        train.main([*flags, "--dims", "8", "--baseline-only"])
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert "1.png cannot be read as an image: cannot identify" in error
+    assert "The same command with --resume goes on." in error
+    assert len(checkpoint.files(tmp_path / "out" / "checkpoints")) == 1
+
+
+def test_other_images_are_another_run(tmp_path, capsys):
+    root = folder(tmp_path / "tree")
+    flags = f"--dataset folder --image-size 32 --batch-size 6 --per-class 2 --root {root}".split()
+    flags += ["--epochs", 2, "--checkpoint-every", 2, "--baseline-only"]
+    main(tmp_path / "out", *flags)
+    moved = root.rename(tmp_path / "moved")
+    main(tmp_path / "out", *flags, "--resume", "--root", moved)
+    next(moved.rglob("1.png")).unlink()
+    with pytest.raises(SystemExit):
+        main(tmp_path / "out", *flags, "--resume", "--root", moved)
+    assert "was written with other settings: data was" in capsys.readouterr().err
 
 
 def test_a_second_ctrl_c_ends_at_once():
@@ -290,12 +375,46 @@ def test_the_configuration_of_a_run_repeats_it(tmp_path):
     first = main(tmp_path / "a", *flags)
     content = json.loads((tmp_path / "a" / "config.json").read_text())
     assert content["loss_args"] == {"alpha": 3}
-    assert "--exclude-self" in content["command"] or "pytest" in content["command"]
+    assert content["command"] == shlex.join(sys.argv)
+    assert not {"output", "resume", "recipe"} & set(content)
     assert content["steps_per_epoch"] == 3
     out = ["--output", str(tmp_path / "b")]
     train.main(["--config", str(tmp_path / "a" / "config.json"), *out])
     again = read(tmp_path / "b")
     assert [{**r, "seconds": 0} for r in first] == [{**r, "seconds": 0} for r in again]
+
+
+def test_the_configuration_of_a_variant_without_features_repeats_too(tmp_path):
+    main(tmp_path, "--variant", "msd", "--checkpoint-every", 3)
+    args = parsed("--config", tmp_path / "config.json")
+    assert (args.variant, args.feature_weight, args.checkpoint_every) == ("msd", 0, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--nested 4 --s2sd-only", "--nested and --cut are for the base run"),
+        ("--cut 600", "--cut 600 is more than --embedding-size 16"),
+        ("--image-size 64", "--image-size 64: icons400 has 32"),
+        ("--lr-gamma 0.1", "--lr-gamma is for --schedule multistep"),
+        ("--milestones 3", "--schedule multistep and --milestones EPOCH ... go together"),
+        ("--validation --choose-epoch", "give one"),
+        ("--teacher none.pt", "must be a file of --export"),
+        ("--weights none.pt", "--weights none.pt does not exist"),
+        ("--device nonsense", "--device nonsense: Expected one of"),
+        ("--workers -1", "'-1' is not a whole number"),
+        ("--seed -1", "'-1' is not a whole number"),
+        ("--ema 1.5", "1.5 is not between 0 and 1"),
+        ("--validation --validation-share 0.001", "leaves 200 to train and 0 to choose by"),
+        ("--nested 16 --baseline-only", "--nested 16 is no part of --embedding-size 16"),
+    ],
+)
+def test_flags_that_would_do_nothing_or_fail_later_are_refused(tmp_path, capsys, flags, words):
+    with pytest.raises(SystemExit) as caught:
+        main(tmp_path / "out", *flags.split())
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -351,6 +470,24 @@ def test_tensorboard_gets_the_metrics(tmp_path):
                         if (r["run"], r["metric"]) == (who, metric)]  # fmt: skip
             scalars = [(e.step, e.value) for e in found.Scalars(metric)]
             assert scalars == [(step, pytest.approx(value)) for step, value in expected]
+
+
+def test_tensorboard_of_a_resumed_run_is_whole_and_of_a_new_one_new(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def steps():
+        found = EventAccumulator(str(tmp_path / "events" / "base")).Reload()
+        return [e.step for e in found.Scalars("loss")]
+
+    cut = [*LONG, "--no-report", "--baseline-only", "--output", tmp_path]
+    done = command("-c", INTERRUPT, int(signal.SIGINT), 0, 3, *cut)  # after the first epoch
+    assert done.returncode == 130
+    train.main([*map(str, cut), "--resume"])
+    assert steps() == [3, 6]
+    for file in checkpoint.files(tmp_path / "checkpoints"):
+        file.unlink()
+    train.main([str(flag) for flag in cut])
+    assert steps() == [3, 6]
 
 
 def test_wandb_is_named_where_it_is_missing(tmp_path, capsys, monkeypatch):

@@ -106,8 +106,11 @@ def inshop(root: Path) -> Path:
 def folder(root: Path) -> Path:
     for label in range(12):
         for number in range(PER_CLASS):
-            draw(root / f"class {label:02d}" / f"{number}.png", label, number)
-    (root / "class 00" / "notes.txt").write_text("no image")
+            draw(root / f"größe {label:02d} ($a_1$" / f"{number}.png", label, number)
+    first = next(root.iterdir())
+    (first / "notes.txt").write_text("no image")
+    draw(first / ".copies" / "0.png", 0, 0)  # what programs leave
+    draw(root / ".ipynb_checkpoints" / "0.png", 0, 0)
     return root
 
 
