@@ -55,6 +55,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         """An image to look at, (H, W, 3) in 0 to 1."""
         image = self.images([row], None)[0]
         image = image if image.is_floating_point() else image.float() / 255
+        image = 1 - image if len(image) == 1 else image  # ink on paper
         return image.expand(3, -1, -1).permute(1, 2, 0).numpy()
 
     def loader(self, workers: int = 0) -> DataLoader[tuple[Tensor, Tensor]]:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_CODE = set(
     "README.md index.md adopt.md authors-code.md faq.md features.md how-it-works.md optimizer.md "
-    "supported.md works-with.md".split()
+    "settings.md supported.md works-with.md".split()
 )
 
 
