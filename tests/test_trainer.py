@@ -172,6 +172,14 @@ def test_batch_norm_over_ranks_takes_half_precision(monkeypatch):
     torch.testing.assert_close(half.float(), plain(x), atol=0.05, rtol=0.05)
 
 
+def test_heads_are_of_one_layer_where_that_is_asked_for(tmp_path):
+    for flag, layers in (("--linear-heads", 1), ("--no-linear-heads", 2)):
+        args = parsed(flag, "--dims", 24, 32)
+        loss_func, _ = train.s2sd_loss(args, train.Network(4), 3)
+        found = [m for m in loss_func.modules() if isinstance(m, torch.nn.Linear)]
+        assert len(found) == 2 * layers
+
+
 def rates(*flags, steps=8):
     args = parsed("--lr", 1, "--embedder-lr", 5, "--steps-per-epoch", 2, *flags)
     model = train.Network(4)
