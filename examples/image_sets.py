@@ -22,7 +22,11 @@ from pathlib import Path
 import icons
 import torch
 from images import Files, InMemory, Split
-from pytorch_metric_learning import datasets
+
+try:
+    from pytorch_metric_learning import datasets
+except ImportError:  # before version 2.9
+    datasets = None
 
 EXTENSIONS = set(".jpg .jpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm".split())
 Listed = list[tuple[Path, str]]  # image files with the name of their class
@@ -48,20 +52,18 @@ def emoji(args: argparse.Namespace) -> Split:
 
 
 def cub200(args: argparse.Namespace) -> Split:
-    root = _root(args, "CUB_200_2011/images.txt", datasets.CUB)
-    return _pml(args, datasets.CUB, root)
+    return _pml(args, "CUB", "CUB_200_2011/images.txt")
 
 
 def cars196(args: argparse.Namespace) -> Split:
     if args.root and (args.root / "cars_annos.mat").exists():
         return _cars_as_published(args)
-    return _pml(args, datasets.Cars196, _root(args, "names.csv", datasets.Cars196))
+    return _pml(args, "Cars196", "names.csv")
 
 
 def sop(args: argparse.Namespace) -> Split:
-    kind = datasets.StanfordOnlineProducts
-    root = _root(args, "Stanford_Online_Products/Ebay_train.txt", kind)
-    return _pml(args, kind, root)._replace(ks=(1, 10, 100, 1000))
+    split = _pml(args, "StanfordOnlineProducts", "Stanford_Online_Products/Ebay_train.txt")
+    return split._replace(ks=(1, 10, 100, 1000))
 
 
 def inshop(args: argparse.Namespace) -> Split:
@@ -133,21 +135,18 @@ def _given(args: argparse.Namespace) -> Path:
     return Path(args.root)
 
 
-def _root(args: argparse.Namespace, inside: str, kind: type) -> Path:
-    """The folder that PML's class wants: ``--root``, or the one above it."""
+def _pml(args: argparse.Namespace, name: str, inside: str) -> Split:
+    """A data set that PML reads, from ``--root`` or the folder above it, which holds a file."""
     given = _given(args).resolve()
-    for root in (given, given.parent):
-        if (root / inside).exists():
-            return root
-    raise ValueError(
-        f"--root {given} has no {inside}. pytorch_metric_learning.datasets.{kind.__name__}"
-        "(FOLDER, download=True) fetches the data set"
-    )
-
-
-def _pml(args: argparse.Namespace, kind: type, root: Path) -> Split:
-    """A data set that PML reads."""
-    parts = [kind(str(root), split=split) for split in ("train", "test")]
+    if datasets is None:
+        raise ValueError(f"--dataset {args.dataset} needs pytorch-metric-learning 2.9 or later")
+    root = next((folder for folder in (given, given.parent) if (folder / inside).exists()), None)
+    if root is None:
+        raise ValueError(
+            f"--root {given} has no {inside}. pytorch_metric_learning.datasets.{name}"
+            "(FOLDER, download=True) fetches the data set"
+        )
+    parts = [getattr(datasets, name)(str(root), split=split) for split in ("train", "test")]
     train, test = (
         [(Path(path), f"{label:05d}") for path, label in zip(p.paths, p.labels, strict=True)]
         for p in parts

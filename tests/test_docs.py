@@ -12,6 +12,7 @@ from trees import cub200, folder
 
 import compare  # isort: skip
 import config  # isort: skip
+import image_sets  # isort: skip
 import options  # isort: skip
 import train  # isort: skip
 
@@ -50,6 +51,8 @@ def test_commands_are_understood(page, tmp_path, capsys):
     for program, flags in commands(page):
         if program == "compare":
             _, flags = compare.parser().parse_known_args(flags)
+        if "--recipe" in flags and image_sets.datasets is None:
+            continue  # PML reads CUB from version 2.9 on
         root = tmp_path / ("cub200" if "--recipe" in flags else "folder")
         flags = [{"DIR": str(root), "photos": str(root)}.get(flag, flag) for flag in flags]
         args = options.parse(options.parser(), [*flags, "--output", str(tmp_path / "out")])

@@ -30,6 +30,8 @@ def load(dataset, root, *flags):
 @pytest.fixture(scope="module", params=TREES)
 def tree(request, tmp_path_factory):
     dataset, make = TREES[request.param]
+    if image_sets.datasets is None and request.param in ("cub200", "cars196", "sop"):
+        pytest.skip("PML reads it from version 2.9 on")
     return dataset, make(tmp_path_factory.mktemp("tree"))
 
 
@@ -148,13 +150,15 @@ def test_what_is_wrong_with_the_images_is_told(tmp_path, capsys):
     assert "does not exist" in refused("--dataset", "folder", "--root", tmp_path / "none")
     empty = tmp_path / "empty"
     empty.mkdir()
-    for dataset, words in {
+    for dataset, words in {  # of PML's own, where it reads them
         "cub200": "has no CUB_200_2011/images.txt",
         "cars196": "has no names.csv",
         "sop": "datasets.StanfordOnlineProducts(FOLDER, download=True)",
         "inshop": "has no Eval/list_eval_partition.txt",
         "folder": "no images to train",
     }.items():
+        old = image_sets.datasets is None and dataset in ("cub200", "cars196", "sop")
+        words = "needs pytorch-metric-learning 2.9 or later" if old else words
         assert words in refused("--dataset", dataset, "--root", empty)
     root = folder(tmp_path / "tree")
     too_many = "--batch-size 64 --per-class 2".split()
@@ -227,6 +231,7 @@ def test_classes_in_both_parts_and_few_images_are_told_and_borne(tmp_path):
     assert final(read(tmp_path / "out"), "base")["Recall@8"] <= 1
 
 
+@pytest.mark.skipif(image_sets.datasets is None, reason="PML reads it from version 2.9 on")
 def test_the_root_may_be_the_data_sets_own_folder(tmp_path):
     cub200(tmp_path)
     assert len(load("cub200", tmp_path / "CUB_200_2011").train) == 6 * PER_CLASS
