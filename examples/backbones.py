@@ -140,7 +140,8 @@ def _bninception(pretrained: bool, channels: int, weights: Path | None) -> Trunk
 
 
 def _timm(name: str, pretrained: bool, channels: int, weights: Path | None) -> Trunk:
-    timm = _needs("timm", "timm")
+    known = ", ".join(MAKERS)
+    timm = _needs("timm", "timm", f"--backbone {name!r} is none of {known}; as one of timm it")
     if name not in timm.list_models():
         close = timm.list_models(f"*{name}*")[:5]
         known = f"{', '.join(MAKERS)} or a name of timm"
@@ -176,8 +177,8 @@ class _Method(nn.Module):
         return features
 
 
-def _needs(module: str, packages: str) -> Any:
+def _needs(module: str, packages: str, what: str = "This backbone") -> Any:
     try:
         return importlib.import_module(module)
     except (ImportError, RuntimeError) as error:  # torchvision raises the latter, beside a torch
-        raise ValueError(f"This backbone needs `pip install {packages}`: {error}") from error
+        raise ValueError(f"{what} needs `pip install {packages}`: {error}") from error

@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         writer.writerows(trainer.found)
     draw(trainer.found, args.output / "diagnosis.png")
     for name, value in trainer.found[-1].items():
-        print(f"{name:28} {value:.4g}")
+        print(f"{name:28} {value if value > 1e-6 else 0:.4g}")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ def main() -> None:
         torch.manual_seed(0)
         if isinstance(given, Path):
             model = export.load(given)
+            if model.description["channels"] != 1:
+                raise SystemExit(f"{given} was not trained on icons-400, which is searched here")
         else:
             model = plain_loop.train(given, args.epochs)
         # a query's own drawing and its copies come first at best: look behind them

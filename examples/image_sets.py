@@ -90,7 +90,13 @@ def folder(args: argparse.Namespace) -> Split:
         raise ValueError(f"--root {root} has {'train' if parts[0] else 'test'} alone: name both")
     if all(parts):
         return _split(args, _folders(root / "train"), _folders(root / "test"))
-    return _halves(args, _folders(root))
+    listed = _folders(root)
+    direct = [p for p in root.iterdir() if p.suffix.lower() in EXTENSIONS]
+    if not listed and direct:
+        raise ValueError(
+            f"--root {root} has {len(direct)} images itself: a folder a class is needed"
+        )
+    return _halves(args, listed)
 
 
 def table(args: argparse.Namespace) -> Split:

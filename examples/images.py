@@ -132,6 +132,16 @@ class Files(Images):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # bytes: workers send them
 
 
+def check(*parts: Images) -> None:
+    """Open every file, without reading it whole: what is no image is told before training."""
+    for part in parts:
+        for path in getattr(part, "paths", ()):
+            try:
+                Image.open(path).close()
+            except Exception as error:
+                raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
 def coloured(image: Image.Image) -> Image.Image:
     """Upright and RGB: turned as its camera says, on white where it is transparent."""
     image = ImageOps.exif_transpose(image)

@@ -19,7 +19,7 @@ DIMS = (256, 512)
 SIZES = {"icons400": 32, "emoji": 64}  # of images that have one
 FEATURE_WEIGHT = 10.0
 EPILOG = """\
-Reproduce a row of the paper, CUB200-2011 with ResNet50 and 128 dimensions, on your images:
+The settings of the authors' sample run for CUB200-2011 with ResNet50 and 128 dimensions:
   python examples/train.py --recipe cub-r50-128-msim --root DIR
 See what it would do first with --dry-run, and try it on fewer epochs: later flags win. The other
 recipes, files in examples/recipes, are
@@ -72,6 +72,14 @@ def decay(text: str) -> float:
     return value
 
 
+def rate(text: str) -> float:
+    """A finite number, 0 or above."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or above")
+    return value
+
+
 class Parser(argparse.ArgumentParser):
     """Rank 0 speaks for all."""
 
@@ -82,7 +90,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if ranks.rank():  # rank 0 has the same flags: it tells, and torchrun ends the others
             time.sleep(10)
-        super().error(message)
+        self.exit(2, f"{self.prog}: error: {message}\nAll flags: {self.prog} --help\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -239,12 +247,12 @@ def _training(main: argparse.ArgumentParser) -> None:
     add("--per-class", type=positive, default=4, help="in a batch; default: %(default)s, paper: 2")
     add("--accumulate", type=positive, default=1, metavar="N", help="batches of a step; default: 1")
     add("--optimizer", choices=("adam", "adamw"), default="adam", help="default: %(default)s")
-    add("--lr", type=float, default=3e-3, help="default: %(default)s, paper: 1e-5")
-    add("--embedder-lr", type=float, help="of the embedder; default: --lr")
-    add("--head-lr", type=float, help="of the auxiliary heads; default: --lr")
-    add("--loss-lr", type=float, help="of proxies and other loss parameters; default: --lr")
-    add("--weight-decay", type=float, default=4e-4, help="of the network; default: %(default)s")
-    add("--head-weight-decay", type=float, default=0.0, help="default: %(default)s")
+    add("--lr", type=rate, default=3e-3, help="default: %(default)s, paper: 1e-5")
+    add("--embedder-lr", type=rate, help="of the embedder; default: --lr")
+    add("--head-lr", type=rate, help="of the auxiliary heads; default: --lr")
+    add("--loss-lr", type=rate, help="of proxies and other loss parameters; default: --lr")
+    add("--weight-decay", type=rate, default=4e-4, help="of the network; default: %(default)s")
+    add("--head-weight-decay", type=rate, default=0.0, help="default: %(default)s")
     add(
         "--schedule",
         choices=("cosine", "constant", "multistep"),
@@ -328,8 +336,8 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
     if args.lr_gamma is not None and args.schedule != "multistep":
         main.error("--lr-gamma is for --schedule multistep")
     try:
-        torch.device(args.device)
-    except RuntimeError as error:
+        torch.empty(0, device=args.device)
+    except (AssertionError, RuntimeError) as error:
         main.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.weights is not None and not args.weights.exists():
         main.error(f"--weights {args.weights} does not exist")

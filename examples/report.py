@@ -221,12 +221,29 @@ def write(args: argparse.Namespace, runs: list[Run], split: Split) -> None:
     write_config(args)
 
 
+def other_run(args: argparse.Namespace) -> bool:
+    """Whether --output holds the results of a finished run with other settings."""
+    path = args.output / "config.json"
+    if not (path.exists() and (args.output / "metrics.csv").exists()):
+        return False
+    known = json.loads(path.read_text())
+    now = {name: value for name, value in resolved(args).items() if name not in WHERE}
+    return {**known, **now} != known
+
+
 def write_config(args: argparse.Namespace) -> None:
     """config.json: every setting as it was resolved, for --config, and what else made the run."""
+    config = resolved(args)
+    config |= {"command": shlex.join(sys.argv), "ranks": ranks.world(), "versions": versions()}
+    (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def resolved(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that another run repeats, in plain values."""
     config = {name: v for name, v in vars(args).items() if name not in UNREPEATED}
     config["device"] = torch.device(args.device).type  # that of rank 0 is its own
-    config |= {"command": shlex.join(sys.argv), "ranks": ranks.world(), "versions": versions()}
-    (args.output / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    return plain
 
 
 def fingerprint(split: Split) -> str:

@@ -78,7 +78,7 @@ def spectrum(found: Spaces, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for (name, z), color in zip(found.items(), COLORS, strict=False):
         values = torch.linalg.svdvals(z.double())
-        x = (torch.arange(len(values)) + 1) / len(values)
+        x = (torch.arange(len(values)) + 1) / z.shape[1]
         label = f"{name}: ρ = {rho(z, values):.2f}"
         axes.plot(x, values / values.sum() * len(values), ".-", color=color, ms=3, label=label)
     axes.set(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import checkpoint
 import events
 import export
 import image_sets
+import images
 import optim
 import options
 import page
@@ -220,18 +222,18 @@ class Trainer:
                 raise stop.Stopped
         return run
 
-    def batch(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    def batch(self, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         """Forward and backward; the loss and its terms."""
-        images, labels = images.to(self.args.device), labels.to(self.args.device)
+        pixels, labels = pixels.to(self.args.device), labels.to(self.args.device)
         if self.args.channels_last:
-            images = images.to(memory_format=torch.channels_last)
+            pixels = pixels.to(memory_format=torch.channels_last)
         with self.stepper.autocast():
-            embeddings = self.embed(images)
+            embeddings = self.embed(pixels)
         s2sd = isinstance(self.loss_func, S2SDLoss)  # which knows what to do under autocast
         with self.stepper.autocast(enabled=s2sd):
             embeddings = embeddings if s2sd else embeddings.float()
             pairs = self.miner(embeddings, labels) if self.miner else None
-            taught = {"features": self.teacher(images)} if self.teacher else {}
+            taught = {"features": self.teacher(pixels)} if self.teacher else {}
             loss = self.objective(embeddings, labels, pairs, **taught)
         self.stepper.backward(loss / self.args.accumulate)
         return {"loss": loss.item(), **report.components(self.loss_func)}
@@ -239,14 +241,14 @@ class Trainer:
     def look(self) -> None:
         """After an epoch: how well the model does on held-out or on unseen classes."""
         run, last = self.run, self.run.step == self.total
-        images, gallery = self.held_out or self.split.test, None
+        looked, gallery = self.held_out or self.split.test, None
         if self.held_out is None and last:
             return  # the scores hold it
-        embeddings = apply(run.model, images, self.args.workers)
+        embeddings = apply(run.model, looked, self.args.workers)
         if self.held_out is None and self.split.gallery is not None:
             searched = apply(run.model, self.split.gallery, self.args.workers)
             gallery = searched, self.split.gallery.labels
-        recall = recall_at_k(embeddings, images.labels, ks=(1,), gallery=gallery)["Recall@1"]
+        recall = recall_at_k(embeddings, looked.labels, ks=(1,), gallery=gallery)["Recall@1"]
         run.record({VALIDATION if self.held_out else "Recall@1": recall})
         if self.held_out:
             self.best.update(recall, run.epoch)
@@ -290,17 +292,32 @@ def main(argv: list[str] | None = None) -> None:
         optim.Stepper(args, torch.optim.Adam(network.parameters()), network)
         make_batches(args, split.train)
         events.check(args)
+        few = int((split.train.labels.bincount() < args.per_class).sum())
+        if few and ranks.rank() == 0:
+            print(
+                f"{few} training classes have fewer than --per-class {args.per_class} images: some "
+                "are drawn more than once",
+                file=sys.stderr,
+            )
+        if args.dry_run:
+            images.check(*(part for part in split[:3] if part is not None))
+            print(json.dumps(vars(args), indent=2, default=str), report.counts(split), sep="\n\n")
+            return
+        if report.other_run(args):
+            raise ValueError(
+                f"{args.output} holds the results of a run with other settings: use another "
+                "--output, or delete it"
+            )
         settings = report.settings(args, split)
         states = dict.fromkeys(makers)
         if args.resume:
             states = {name: checkpoint.newest(folder, name, settings) for name in makers}
+            if not any(states.values()) and not args.quiet and ranks.rank() == 0:
+                print(f"{folder} holds no checkpoints: starting anew", file=sys.stderr)
         elif checkpoint.files(folder):
             raise ValueError(f"{folder} holds checkpoints: add --resume, or use another --output")
         if args.export and args.export.is_dir():
             raise ValueError(f"--export {args.export} is a folder: name a file")
-        if args.dry_run:
-            print(json.dumps(vars(args), indent=2, default=str), report.counts(split), sep="\n\n")
-            return
         args.output.mkdir(parents=True, exist_ok=True)
     except (S2SDError, ValueError, OSError) as error:
         parser.error(str(error))
@@ -322,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
             if ranks.world() > 1 or not trainers:
                 raise
             trainers[-1].save()
-            ended(trainers, f"{error}\nEnded")
+            ended(trainers, f"{error}\nPut a whole file of that name in its place. Ended")
             sys.exit(1)
     ranks.stop()
     if ranks.rank() == 0:
@@ -344,9 +361,11 @@ def ended(trainers: list[Trainer], how: str) -> None:
 def finish(args: argparse.Namespace, runs: list[Run], split: Split) -> None:
     """Write and print what came out."""
     report.write(args, runs, split)
+    if not args.checkpoint_every:  # what Ctrl-C left has served
+        shutil.rmtree(args.output / CHECKPOINTS, ignore_errors=True)
     if args.export:
-        images, _ = split.test[list(range(min(len(split.test), 64))), None]
-        export.write(runs[-1].model, args.export, images.to(args.device))
+        some, _ = split.test[list(range(min(len(split.test), 64))), None]
+        export.write(runs[-1].model, args.export, some.to(args.device))
     if args.report:
         plots.recall(runs, args.output / "recall.png")
         plots.retrieval(runs, split, args.output / "retrieval.png", seed=args.seed)

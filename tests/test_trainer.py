@@ -431,7 +431,7 @@ def test_flags_that_would_do_nothing_or_fail_later_are_refused(tmp_path, capsys,
         ("lr: [1, 2", "cannot be read"),
         ("- lr", "holds no settings of the form name: value"),
         ("lrate: 1", "unrecognized arguments: --lrate 1"),
-        ("lr: fast", "argument --lr: invalid float value: 'fast'"),
+        ("lr: fast", "argument --lr: invalid rate value: 'fast'"),
         ("recipe: cub-r50-128-msim", "a file of settings cannot bring in another"),
     ],
 )
