@@ -39,13 +39,16 @@ def commands(page):
     text = page.read_text(encoding="utf-8")
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            if found := re.search(r"examples/(train|compare)\.py(?: (.*))?$", line):
+            if found := re.search(r"examples/(train|compare|diagnose)\.py(?: (.*))?$", line):
                 yield found[1], shlex.split(found[2] or "")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_are_understood(page, tmp_path, capsys):
-    """With a miniature tree in the place of DIR they get as far as their data's counts."""
+    """With a miniature tree in the place of DIR they get as far as their data's counts.
+
+    compare.py and diagnose.py hand their flags to train.py.
+    """
     cub200(tmp_path / "cub200")
     folder(tmp_path / "folder")
     for program, flags in commands(page):
