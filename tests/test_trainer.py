@@ -286,6 +286,7 @@ def test_ctrl_c_ends_with_a_checkpoint_from_which_the_run_goes_on(
     expected = {f"{run}-{step:08d}.pt"} | ({"base-00000006.pt"} if run == "S2SD" else set())
     assert files == expected
     train.main([*map(str, flags), "--resume"])
+    assert not (tmp_path / "cut" / "checkpoints").exists()  # they have served
     train.main([*LONG, "--no-report", "--output", str(tmp_path / "whole")])
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
@@ -321,6 +322,25 @@ def test_an_image_that_cannot_be_read_ends_with_a_checkpoint(tmp_path, capsys):
     assert "1.png cannot be read as an image: cannot identify" in error
     assert "The same command with --resume goes on." in error
     assert len(checkpoint.files(tmp_path / "out" / "checkpoints")) == 1
+
+
+def test_a_dry_run_finds_an_image_that_cannot_be_read(tmp_path, capsys):
+    root = folder(tmp_path / "tree")
+    flags = f"--dataset folder --root {root} --batch-size 6 --per-class 2 --dry-run".split()
+    train.main(flags)
+    next(root.rglob("1.png")).write_bytes(b"no image at all")
+    with pytest.raises(SystemExit):
+        train.main(flags)
+    assert "1.png cannot be read as an image" in capsys.readouterr().err
+
+
+def test_results_of_other_settings_are_not_overwritten(tmp_path, capsys):
+    first = main(tmp_path)
+    with pytest.raises(SystemExit):
+        main(tmp_path, "--lr", 0.1)
+    assert "holds the results of a run with other settings" in capsys.readouterr().err
+    again = main(tmp_path, "--export", tmp_path / "model.pt")  # the same numbers
+    assert [r["value"] for r in again] == [r["value"] for r in first]
 
 
 def test_other_images_are_another_run(tmp_path, capsys):
