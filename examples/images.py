@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 Key = tuple[Sequence[int], "Sequence[int] | None"]
+KS = (1, 2, 4, 8)  # of Recall@K, by custom
 BATCH = 256  # images at a time without gradients
 
 
@@ -177,7 +178,7 @@ class Split(NamedTuple):
     train: Images
     test: Images
     gallery: Images | None = None
-    ks: tuple[int, ...] = (1, 2, 4, 8)  # of Recall@K, by the custom of the data set
+    ks: tuple[int, ...] = KS  # of Recall@K, by the custom of the data set
 
     def held_out(self, share: float) -> Split:
         """The last of the training classes in the place of the test classes, to choose by."""

@@ -62,7 +62,7 @@ class Stepper:
         self.dtype = DTYPES.get(args.amp)
         self.scaler: Any = None
         if self.dtype == torch.float16:  # float16 alone can underflow
-            if not hasattr(torch, "amp") or not hasattr(torch.amp, "GradScaler"):
+            if not hasattr(torch.amp, "GradScaler"):
                 raise ValueError(f"--amp fp16 needs PyTorch 2.3; this is {torch.__version__}")
             self.scaler = torch.amp.GradScaler(self.device)
 

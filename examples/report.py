@@ -30,16 +30,13 @@ COMPONENTS = ("base", "aux", "distill", "feature_distill")
 VALIDATION = "validation Recall@1"  # on held-out training classes, after an epoch
 COLUMNS = ("run", "epoch", "step", "metric", "value", "seconds")
 PROGRESS = ("epoch", "step", "chosen", "seconds", "recorded", "history")
-# Flags that change no number; of the data, its fingerprint counts.
-WHERE = (
-    *("output", "quiet", "checkpoint_every", "resume", "export", "report", "wandb", "workers"),
-    *("recipe", "config", "dry_run", "root"),
-)
 # What a repeated run has anew.
 UNREPEATED = (
     *("recipe", "config", "dry_run", "resume", "output", "export", "checkpoint_every", "wandb"),
     *("report", "quiet"),
 )
+# Flags that change no number; of the data, its fingerprint counts.
+WHERE = (*UNREPEATED, "workers", "root")
 Row = tuple[str, int, int, str, float, float]  # as in COLUMNS
 Scores = dict[str, dict[str, float]]
 
@@ -241,9 +238,7 @@ def write_config(args: argparse.Namespace) -> None:
 def resolved(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that another run repeats, in plain values."""
     config = {name: v for name, v in vars(args).items() if name not in UNREPEATED}
-    config["device"] = torch.device(args.device).type  # that of rank 0 is its own
-    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
-    return plain
+    return _plain({**config, "device": torch.device(args.device).type})  # rank 0's has a number
 
 
 def fingerprint(split: Split) -> str:
@@ -266,5 +261,10 @@ def settings(args: argparse.Namespace, split: Split) -> dict[str, Any]:
     flags = {name: value for name, value in vars(args).items() if name not in WHERE}
     flags |= {"data": fingerprint(split)}
     flags |= {"threads": torch.get_num_threads(), "ranks": ranks.world(), **versions()}
-    plain: dict[str, Any] = json.loads(json.dumps(flags, default=str))
+    return _plain(flags)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """As JSON holds them."""
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain
