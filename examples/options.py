@@ -211,6 +211,13 @@ def _s2sd(main: argparse.ArgumentParser) -> None:
         help="step at which feature distillation starts; default: %(default)s, paper: 1000",
     )
     add(
+        "--ramp",
+        type=count,
+        nargs=2,
+        metavar=("FROM", "TO"),
+        help="steps between which γ and γ_f rise from 0; default: full from the start",
+    )
+    add(
         "--exclude-self",
         **switch(),
         help="leave self-similarities out of the softmaxes",
@@ -323,6 +330,8 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error(f"--feature-weight is for msdf and msdfa, not for --variant {args.variant}")
     if args.variant == "dsd" and len(args.dims or DIMS[-1:]) > 1:
         main.error("--variant dsd has one head: give one of --dims, or use --variant msd")
+    if args.ramp and args.ramp[0] >= args.ramp[1]:
+        main.error(f"--ramp {args.ramp[0]} {args.ramp[1]}: the second step must be the later one")
     if (args.schedule == "multistep") != bool(args.milestones):
         main.error("--schedule multistep and --milestones EPOCH ... go together")
     if args.teacher is not None and (args.variant != "msdf" or not args.teacher.exists()):

@@ -82,14 +82,22 @@ def s2sd_loss(args: argparse.Namespace, model: Network, num_classes: int) -> Los
         **features,
         head_dims=() if args.teacher else args.dims,
         head=nn.Linear if args.linear_heads else ProjectionHead,
-        weight=args.weight,
+        weight=ramp(args, args.weight),
         temperature=args.temperature,
-        feature_weight=args.feature_weight,
+        feature_weight=ramp(args, args.feature_weight),
         feature_delay=args.feature_delay * args.accumulate,  # it counts forwards
         exclude_self=args.exclude_self,
         gather_distributed=ranks.world() > 1,
     )
     return loss_func, None
+
+
+def ramp(args: argparse.Namespace, full: float) -> float | Callable[[int], float]:
+    """A weight under ``--ramp``: 0, then rising, then full."""
+    if not args.ramp:
+        return full
+    first, last = (step * args.accumulate for step in args.ramp)  # it counts forwards
+    return lambda step: full * min(1.0, max(0.0, (step - first) / (last - first)))
 
 
 def make_network(args: argparse.Namespace, split: Split) -> Network:

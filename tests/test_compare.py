@@ -121,3 +121,20 @@ def test_intervals_and_paired_differences_by_hand():
 def test_a_bad_method_is_named(tmp_path):
     with pytest.raises(SystemExit, match="not of the form"):
         compare.main(["--output", str(tmp_path), "--method", "no colon"])
+
+
+def test_the_differences_of_one_size_are_rows(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(compare.plt, "close", drawn.append)
+    results = [
+        {"method": method, "size": 16, "seed": seed, "Recall@1": value / 100}
+        for method, found in {"base": [50, 52], "MSD": [51, 55], "DSD": [49, 49]}.items()
+        for seed, value in enumerate(found)
+    ]
+    compare.draw_differences(results, tmp_path / "differences.png")
+    (axes,) = drawn[0].axes
+    points = dict(
+        zip([t.get_text() for t in axes.get_yticklabels()], axes.lines[0].get_xdata(), strict=True)
+    )
+    assert points == pytest.approx({"MSD": 2, "DSD": -2})
+    assert "16 dimensions" in axes.get_xlabel()

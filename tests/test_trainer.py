@@ -412,6 +412,16 @@ def test_the_configuration_of_a_run_repeats_it(tmp_path):
     assert [{**r, "seconds": 0} for r in first] == [{**r, "seconds": 0} for r in again]
 
 
+def test_the_weights_of_distillation_rise_along_the_ramp(tmp_path):
+    weight = train.ramp(parsed("--ramp", 2, 6, "--accumulate", 2), 8.0)
+    assert [weight(forward) for forward in (0, 4, 8, 12, 100)] == [0, 0, 4, 8, 8]
+    assert train.ramp(parsed(), 8.0) == 8
+    late = main(tmp_path / "late", "--s2sd-only", "--feature-delay", 0, "--ramp", 100, 200)
+    none = main(tmp_path / "none", "--s2sd-only", "--weight", 0, "--feature-weight", 0)
+    risen = main(tmp_path / "risen", "--s2sd-only", "--feature-delay", 0, "--ramp", 1, 3)
+    assert final(late, "S2SD")["loss"] == final(none, "S2SD")["loss"] < final(risen, "S2SD")["loss"]
+
+
 def test_the_configuration_of_a_variant_without_features_repeats_too(tmp_path):
     main(tmp_path, "--variant", "msd", "--checkpoint-every", 3)
     args = parsed("--config", tmp_path / "config.json")
@@ -424,6 +434,7 @@ def test_the_configuration_of_a_variant_without_features_repeats_too(tmp_path):
         ("--nested 4 --s2sd-only", "--nested and --cut are for the base run"),
         ("--cut 600", "--cut 600 is more than --embedding-size 16"),
         ("--image-size 64", "--image-size 64: icons400 has 32"),
+        ("--ramp 5 5", "--ramp 5 5: the second step must be the later one"),
         ("--lr-gamma 0.1", "--lr-gamma is for --schedule multistep"),
         ("--milestones 3", "--schedule multistep and --milestones EPOCH ... go together"),
         ("--validation --choose-epoch", "give one"),
