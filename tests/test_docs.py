@@ -10,6 +10,7 @@ from snippets import run
 from test_examples import SMALL  # noqa: F401 - puts the examples on the path
 from trees import cub200, folder
 
+import ceiling  # isort: skip
 import compare  # isort: skip
 import config  # isort: skip
 import image_sets  # isort: skip
@@ -34,12 +35,16 @@ def test_python_blocks_run(page, capsys, tmp_path, monkeypatch):
     assert blocks or page.name not in WITH_CODE
 
 
+PROGRAMS = "train|compare|diagnose|ceiling"
+OWN_FLAGS = {"ceiling": ceiling, "compare": compare}
+
+
 def commands(page):
     """What the page's bash blocks do with the example programs: the file and its flags."""
     text = page.read_text(encoding="utf-8")
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            if found := re.search(r"examples/(train|compare|diagnose)\.py(?: (.*))?$", line):
+            if found := re.search(rf"examples/({PROGRAMS})\.py(?: (.*))?$", line):
                 yield found[1], shlex.split(found[2] or "")
 
 
@@ -47,13 +52,13 @@ def commands(page):
 def test_commands_are_understood(page, tmp_path, capsys):
     """With a miniature tree in the place of DIR they get as far as their data's counts.
 
-    compare.py and diagnose.py hand their flags to train.py.
+    The other programs hand on to train.py the flags that they do not know.
     """
     cub200(tmp_path / "cub200")
     folder(tmp_path / "folder")
     for program, flags in commands(page):
-        if program == "compare":
-            _, flags = compare.parser().parse_known_args(flags)
+        if program in OWN_FLAGS:
+            _, flags = OWN_FLAGS[program].parser().parse_known_args(flags)
         if "--recipe" in flags and image_sets.datasets is None:
             continue  # PML reads CUB from version 2.9 on
         root = tmp_path / ("cub200" if "--recipe" in flags else "folder")

@@ -1,0 +1,169 @@
+"""How good an embedding can be that copies its teachers: what the KL can give at best.
+
+    python examples/ceiling.py --validation --sizes 8 16 32 64
+    python examples/ceiling.py --recipe emoji-lite0-msim --seeds 0 --temperature 0.1 --exclude-self
+
+Trains a network with auxiliary heads that do not teach, freezes it, and fits a linear embedder of
+every size to its features:
+
+    base              by the base loss alone, on the training images
+    base + KL         with γ times the KL to the heads beside it: --weight, --temperature
+    KL                by the KL alone
+    KL, tested images by the KL alone, on the very images that are tested: an oracle, for a bound
+    heads             the teachers themselves, joined: their mean cosine
+
+The trunk is the same for all, so what the KL adds to the embedder is seen without its noise. Flags
+but --sizes and --seeds are those of train.py. Writes ceiling.csv, ceiling.md and ceiling.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+import compare
+import options
+import torch
+import train
+from baselines import principal
+from evaluate import recall_at_k
+from images import Batches, Images
+from report import Run
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from s2sd_pml.functional import relation_kl
+
+KINDS = {  # weights of the base loss and of the KL, and whether the tested images are fitted
+    compare.BASE: (1, False, "train"),
+    "base + KL": (1, True, "train"),
+    "KL": (0, True, "train"),
+    "KL, tested images": (0, True, "test"),
+}
+STEPS, LR = 500, 2e-3
+
+
+def heads_of(spaces: dict[str, Tensor]) -> Tensor:
+    """The heads' outputs side by side: the cosine of these rows is the mean of the heads'."""
+    return torch.cat([z for name, z in spaces.items() if name.startswith("head ")], dim=1)
+
+
+def fit(
+    args: argparse.Namespace,
+    features: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    size: int,
+    base: int,
+    weight: float,
+) -> nn.Linear:
+    """An embedder of frozen features, from their principal directions on."""
+    torch.manual_seed(args.seed)
+    embedder = nn.Linear(features.shape[1], size, device=features.device)
+    mean, directions = principal(features)
+    kept = directions[:, :size].T
+    with torch.no_grad():
+        embedder.weight[: len(kept)] = kept  # the rest, if any, stays random
+        embedder.bias.copy_(-embedder.weight @ mean)
+    args = argparse.Namespace(**{**vars(args), "embedding_size": size})
+    loss_func, miner = train.pml_loss(args, int(labels.max()) + 1)
+    loss_func.to(features.device)
+    groups = [
+        {"params": list(embedder.parameters()), "lr": LR},
+        {"params": list(loss_func.parameters()), "lr": args.loss_lr},
+    ]
+    optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for rows, _ in Batches(labels, args.batch_size, args.per_class, STEPS, args.seed):
+        embeddings, y = embedder(features[rows]), labels[rows].to(features.device)
+        loss = embeddings.new_zeros(())
+        if base:
+            loss = loss + loss_func(embeddings, y, miner(embeddings, y) if miner else None)
+        if weight:
+            loss = loss + weight * relation_kl(
+                embeddings,
+                [teacher[rows]],
+                weights=[1.0],
+                temperature=args.temperature,
+                exclude_self=args.exclude_self,
+            )[0]  # fmt: skip
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return embedder
+
+
+def measure(args: argparse.Namespace, run: Run, split: Any, sizes: list[int]) -> list[compare.Row]:
+    """Recall@1 of every kind of embedder at every size, and of the teachers."""
+    parts: dict[str, tuple[Images, dict[str, Tensor]]] = {
+        part: (images, run.project(images, args.workers))
+        for part, images in (("train", split.train), ("test", split.test))
+    }
+    tested, spaces = parts["test"]
+
+    def row(method: str, size: int, embeddings: Tensor) -> compare.Row:
+        recall = recall_at_k(embeddings, tested.labels, ks=(1,))[compare.METRIC]
+        return {"method": method, "size": size, "seed": args.seed, compare.METRIC: recall}
+
+    rows = []
+    for size in sizes:
+        for kind, (base, copies, part) in KINDS.items():
+            images, found = parts[part]
+            weight = args.weight if copies else 0.0
+            features = found["features"]
+            embedder = fit(args, features, heads_of(found), images.labels, size, base, weight)
+            with torch.no_grad():
+                rows.append(row(kind, size, embedder(spaces["features"])))
+        rows.append(row("heads", size, heads_of(spaces)))
+    return rows
+
+
+def parser() -> argparse.ArgumentParser:
+    """Sizes and seeds; what it does not know goes to train.py."""
+    main = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="All other flags are those of train.py.",
+        allow_abbrev=False,
+    )
+    main.add_argument("--sizes", type=options.positive, nargs="+", default=[8, 16, 32, 64])
+    main.add_argument("--seeds", type=options.count, nargs="+", default=[0, 1, 2, 3, 4])
+    return main
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, freeze, fit, write and print."""
+    own, rest = parser().parse_known_args(argv)
+    rows: list[compare.Row] = []
+    for seed in tqdm(own.seeds, desc="seeds"):
+        flags = ["--output", "runs/ceiling", *rest, "--seed", str(seed), "--quiet"]
+        args = options.parse(options.parser(), flags)
+        if args.teacher:
+            parser().error("--teacher brings no heads to copy")
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        silent = argparse.Namespace(**{**vars(args), "weight": 0.0, "feature_weight": 0.0})
+        split, held_out = train.prepare(silent)
+        args.steps_per_epoch = silent.steps_per_epoch
+        trainer = train.Trainer("S2SD", train.s2sd_loss, silent, split, held_out, {}, None)
+        run = trainer.train(train.stop.Request())  # not entered: Ctrl-C ends at once
+        rows += measure(args, run, split, own.sizes)
+        write(args.output, rows)
+    print(compare.table(rows))
+
+
+def write(folder: Path, rows: list[compare.Row]) -> None:
+    """What is known so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "ceiling.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "ceiling.md").write_text(compare.table(rows) + "\n")
+    compare.draw(rows, folder / "ceiling.png", paired=False)
+
+
+if __name__ == "__main__":
+    main()

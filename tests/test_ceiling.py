@@ -1,0 +1,66 @@
+"""The bound on what copying gives: frozen features, embedders fitted by base loss and KL."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_examples import SMALL
+from test_trainer import parsed
+
+import ceiling  # isort: skip
+
+from s2sd_pml.functional import relation_kl
+
+
+def test_the_cosine_of_joined_heads_is_their_mean():
+    heads = {f"head {d}": F.normalize(torch.randn(6, d), dim=1) for d in (4, 9)}
+    joined = F.normalize(ceiling.heads_of({"features": torch.ones(6, 3), **heads}), dim=1)
+    mean = sum(z @ z.T for z in heads.values()) / 2
+    torch.testing.assert_close(joined @ joined.T, mean)
+
+
+def test_what_is_fitted_falls(monkeypatch):
+    torch.manual_seed(0)
+    labels = torch.arange(64) // 4
+    features = torch.randn(64, 12) + 2 * torch.randn(16, 12)[labels]
+    teacher = F.normalize(torch.randn(16, 20)[labels] + 0.5 * torch.randn(64, 20), dim=1)
+    args = parsed("--batch-size", 32, "--per-class", 4, "--temperature", 0.2, "--exclude-self")
+    loss_func, miner = ceiling.train.pml_loss(args, 16)
+
+    def found(base, weight):
+        embeddings = ceiling.fit(args, features, teacher, labels, 6, base, weight)(features)
+        kl, _ = relation_kl(embeddings, [teacher], weights=[1.0], temperature=0.2)
+        return kl.item(), loss_func(embeddings, labels, miner(embeddings, labels)).item()
+
+    monkeypatch.setattr(ceiling, "STEPS", 0)
+    start = found(0, 9.0)
+    monkeypatch.setattr(ceiling, "STEPS", 60)
+    copied, based, both = (found(*weights) for weights in ((0, 9.0), (1, 0.0), (1, 9.0)))
+    assert copied[0] < 0.9 * start[0]
+    assert based[1] < 0.9 * start[1]
+    assert copied[0] < both[0] < based[0]
+
+
+def test_it_writes_a_row_for_every_embedder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ceiling, "STEPS", 3)
+    sizes = ["--sizes", "4", "8", "--seeds", "0", "1"]
+    ceiling.main([*SMALL, *sizes, "--output", str(tmp_path)])
+    with open(tmp_path / "ceiling.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    kinds = [*ceiling.KINDS, "heads"]
+    assert [r["method"] for r in rows] == kinds * 4
+    assert {(r["size"], r["seed"]) for r in rows} == {(d, s) for d in "48" for s in "01"}
+    teachers = {r["seed"]: {r["Recall@1"]} for r in rows if r["method"] == "heads"}
+    assert all(len(values) == 1 for values in teachers.values())  # of no size
+    assert (tmp_path / "ceiling.md").read_text() in capsys.readouterr().out
+    assert (tmp_path / "ceiling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_heads_there_is_no_ceiling(tmp_path, capsys):
+    (tmp_path / "model.pt").touch()
+    with pytest.raises(SystemExit):
+        ceiling.main([*SMALL, "--teacher", str(tmp_path / "model.pt")])
+    assert "--teacher brings no heads to copy" in capsys.readouterr().err
