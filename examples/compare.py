@@ -34,6 +34,8 @@ import train
 from scipy.stats import t as student_t
 from tqdm import tqdm
 
+from s2sd_pml import S2SDLoss
+
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
@@ -53,6 +55,13 @@ class Method(NamedTuple):
     teacher: str = ""  # the flags of what must be trained before
 
 
+RECIPE = S2SDLoss.recipe("small-data")
+SMALL = (
+    f"--s2sd-only --variant msdf --dims {' '.join(map(str, RECIPE['head_dims']))} "
+    f"--weight {RECIPE['weight']} --feature-weight {RECIPE['feature_weight']} "
+    f"--feature-delay {RECIPE['feature_delay']} --temperature {RECIPE['temperature']} "
+    f"{'--exclude-self' if RECIPE['exclude_self'] else ''}"
+)
 BIG = f"--baseline-only --embedding-size {LARGE} --cut {CUTS}"
 METHODS = {
     BASE: Method("--baseline-only", "base"),
@@ -61,6 +70,7 @@ METHODS = {
     "MSD": Method("--s2sd-only --variant msd"),
     "MSDF": Method("--s2sd-only --variant msdf"),
     "MSDFA": Method("--s2sd-only --variant msdfa"),
+    "MSDF, small-data": Method(SMALL),
     "base, twice the steps": Method("--baseline-only --epochs {twice}", "base"),
     f"base {LARGE} + PCA": Method(BIG, "PCA {size}", sized=False),
     "nested": Method(

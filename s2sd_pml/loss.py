@@ -10,7 +10,7 @@ from pytorch_metric_learning.losses import SelfSupervisedLoss
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 
-from . import checks, distributed, groups, settings
+from . import checks, distributed, groups, recipes, settings
 from .branch import Branch, metric_loss
 from .capture import FeatureCapture
 from .cloning import clone_loss, clone_miner
@@ -23,7 +23,6 @@ from .sharing import SharedIndices
 from .unrecorded import UnrecordedModuleDict
 
 Schedule = float | Callable[[int], float]
-PAPER_HEAD_DIMS = (512, 1024, 1536, 2048)
 RECORDS = ["base_loss", "aux_loss", "distill_loss", "feature_distill_loss"]
 
 
@@ -103,7 +102,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         feature_dim: int | None = None,
         embedder: nn.Module | None = None,
         trunk: nn.Module | None = None,
-        head_dims: Sequence[int] = PAPER_HEAD_DIMS,
+        head_dims: Sequence[int] = recipes.PAPER_HEAD_DIMS,
         head: Callable[[int, int], nn.Module] = ProjectionHead,
         weight: Schedule = 50.0,
         temperature: float = 1.0,
@@ -177,6 +176,32 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
     def msdfa(cls, loss: Any, miner: Any = None, **kwargs: Any) -> S2SDLoss:
         """MSDFA: MSDF on the sum of average- and max-pooled feature maps."""
         return cls(loss, miner, **{"pooling": "avg+max", **kwargs})
+
+    @staticmethod
+    def recipe(name: str) -> dict[str, Any]:
+        """Keyword arguments that go together, to pass on as they are or changed.
+
+        Args:
+            name: "paper", the defaults: weights of 50 at T = 1, for some 8,000 steps at a learning
+                rate of 1e-5. Or "small-data", for some hundred steps at a higher one: weights of 10
+                at T = 0.1 without the diagonal, so that near neighbours teach, and smaller heads.
+                What it was chosen by, and what it gains, is measured in the documentation.
+
+        Returns:
+            ``head_dims``, ``weight``, ``temperature``, ``feature_weight``, ``feature_delay`` and
+            ``exclude_self``.
+
+        Raises:
+            ArgumentError: for another name.
+
+        Examples:
+            >>> from pytorch_metric_learning import losses
+            >>> settings = S2SDLoss.recipe("small-data")
+            >>> settings["temperature"], settings["exclude_self"]
+            (0.1, True)
+            >>> loss_func = S2SDLoss(losses.NTXentLoss(), feature_dim=32, **settings)
+        """
+        return recipes.recipe(name)
 
     def forward(
         self,

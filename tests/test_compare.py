@@ -10,8 +10,11 @@ import signal
 import pytest
 from test_examples import SMALL
 
+from s2sd_pml import S2SDLoss
+
 import compare  # isort: skip
 import export  # isort: skip
+import options  # isort: skip
 import report  # isort: skip
 
 TINY = [*SMALL[:-2], "--workers", "2", "--seeds", "0", "1", "--sizes", "4", "8"]
@@ -66,6 +69,14 @@ def test_another_flag_is_another_cell(tmp_path):
     assert cells("--seeds", "0") < cells()
     found = compare.grid(*compare_args(["--methods", "base, twice the steps", "--epochs", "3"]))
     assert all("--baseline-only --epochs 6" in " ".join(entry.cell.flags) for entry in found)
+
+
+def test_the_recipe_of_the_library_is_in_the_grid():
+    args = options.parse(options.parser(), compare.METHODS["MSDF, small-data"].flags.split())
+    recipe = S2SDLoss.recipe("small-data")
+    assert tuple(args.dims) == recipe.pop("head_dims")
+    assert {name: getattr(args, name) for name in recipe} == recipe
+    assert args.variant == "msdf"
 
 
 def test_what_serves_all_sizes_is_trained_once_and_teachers_come_first(tmp_path):
