@@ -36,11 +36,11 @@ from tqdm import tqdm
 
 from s2sd_pml.functional import relation_kl
 
-KINDS = {  # weights of the base loss and of the KL, and whether the tested images are fitted
-    compare.BASE: (1, False, "train"),
-    "base + KL": (1, True, "train"),
-    "KL": (0, True, "train"),
-    "KL, tested images": (0, True, "test"),
+KINDS = {  # are the base loss and the KL in force, and which images are fitted?
+    compare.BASE: (True, False, "train"),
+    "base + KL": (True, True, "train"),
+    "KL": (False, True, "train"),
+    "KL, tested images": (False, True, "test"),
 }
 STEPS, LR = 500, 2e-3
 
@@ -56,8 +56,9 @@ def fit(
     teacher: Tensor,
     labels: Tensor,
     size: int,
-    base: int,
-    weight: float,
+    *,
+    base: bool,
+    kl: bool,
 ) -> nn.Linear:
     """An embedder of frozen features, from their principal directions on."""
     torch.manual_seed(args.seed)
@@ -81,14 +82,10 @@ def fit(
         loss = embeddings.new_zeros(())
         if base:
             loss = loss + loss_func(embeddings, y, miner(embeddings, y) if miner else None)
-        if weight:
-            loss = loss + weight * relation_kl(
-                embeddings,
-                [teacher[rows]],
-                weights=[1.0],
-                temperature=args.temperature,
-                exclude_self=args.exclude_self,
-            )[0]  # fmt: skip
+        if kl:
+            settings = {"temperature": args.temperature, "exclude_self": args.exclude_self}
+            weights = [args.weight if base else 1.0]  # alone, Adam does not feel it
+            loss = loss + relation_kl(embeddings, [teacher[rows]], weights=weights, **settings)[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -110,11 +107,10 @@ def measure(args: argparse.Namespace, run: Run, split: Any, sizes: list[int]) ->
 
     rows = []
     for size in sizes:
-        for kind, (base, copies, part) in KINDS.items():
+        for kind, (base, kl, part) in KINDS.items():
             images, found = parts[part]
-            weight = args.weight if copies else 0.0
-            features = found["features"]
-            embedder = fit(args, features, heads_of(found), images.labels, size, base, weight)
+            taught = found["features"], heads_of(found), images.labels
+            embedder = fit(args, *taught, size, base=base, kl=kl)
             with torch.no_grad():
                 rows.append(row(kind, size, embedder(spaces["features"])))
         rows.append(row("heads", size, heads_of(spaces)))
@@ -145,6 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.threads:
             torch.set_num_threads(args.threads)
         silent = argparse.Namespace(**{**vars(args), "weight": 0.0, "feature_weight": 0.0})
+        silent.nmi = False
         split, held_out = train.prepare(silent)
         args.steps_per_epoch = silent.steps_per_epoch
         trainer = train.Trainer("S2SD", train.s2sd_loss, silent, split, held_out, {}, None)

@@ -237,7 +237,11 @@ def table(rows: list[Row]) -> str:
     for method in methods:
         cells = []
         for size in sizes:
-            mean, _ = interval(values(rows, method, size).values())
+            found = values(rows, method, size)
+            if not found:
+                cells.append("")  # such as nested beyond its dimensions
+                continue
+            mean, _ = interval(found.values())
             paired = differences(rows, method, size) if method != BASE else []
             shift, half = interval(paired) if paired else (0, 0)
             cells.append(f"{mean:.1f}" + (f" ({shift:+.1f} ± {half:.1f})" if paired else ""))

@@ -30,15 +30,15 @@ def test_what_is_fitted_falls(monkeypatch):
     args = parsed("--batch-size", 32, "--per-class", 4, "--temperature", 0.2, "--exclude-self")
     loss_func, miner = ceiling.train.pml_loss(args, 16)
 
-    def found(base, weight):
-        embeddings = ceiling.fit(args, features, teacher, labels, 6, base, weight)(features)
+    def found(base, kl):
+        embeddings = ceiling.fit(args, features, teacher, labels, 6, base=base, kl=kl)(features)
         kl, _ = relation_kl(embeddings, [teacher], weights=[1.0], temperature=0.2)
         return kl.item(), loss_func(embeddings, labels, miner(embeddings, labels)).item()
 
     monkeypatch.setattr(ceiling, "STEPS", 0)
-    start = found(0, 9.0)
+    start = found(False, True)
     monkeypatch.setattr(ceiling, "STEPS", 60)
-    copied, based, both = (found(*weights) for weights in ((0, 9.0), (1, 0.0), (1, 9.0)))
+    copied, based, both = (found(*kinds) for kinds in ((0, 1), (1, 0), (1, 1)))
     assert copied[0] < 0.9 * start[0]
     assert based[1] < 0.9 * start[1]
     assert copied[0] < both[0] < based[0]

@@ -127,6 +127,8 @@ def test_intervals_and_paired_differences_by_hand():
     assert compare.differences(results, "MSD", 8) == pytest.approx([1, 3])
     assert "| MSD | 53.0 (+2.0 ± 12.7) |" in compare.table(results)
     assert "| base | 54.0 |" in compare.table(results)
+    results.append({"method": "base", "size": 16, "seed": 0, "Recall@1": 0.7})
+    assert "| MSD | 53.0 (+2.0 ± 12.7) |  |" in compare.table(results)
 
 
 def test_a_bad_method_is_named(tmp_path):
