@@ -1,4 +1,4 @@
-"""How good an embedding can be that copies its teachers: what the KL can give at best.
+"""How good an embedding is that copies its teachers: an estimate of what the KL can give.
 
     python examples/ceiling.py --validation --sizes 8 16 32 64
     python examples/ceiling.py --recipe emoji-lite0-msim --seeds 0 --temperature 0.1 --exclude-self
@@ -9,11 +9,13 @@ every size to its features:
     base              by the base loss alone, on the training images
     base + KL         with γ times the KL to the heads beside it: --weight, --temperature
     KL                by the KL alone
-    KL, tested images by the KL alone, on the very images that are tested: an oracle, for a bound
+    KL, tested images by the KL alone, on the very images that are tested: no method, but an
+                      estimate of what copying these teachers could give at best
     heads             the teachers themselves, joined: their mean cosine
 
-The trunk is the same for all, so what the KL adds to the embedder is seen without its noise. Flags
-but --sizes and --seeds are those of train.py. Writes ceiling.csv, ceiling.md and ceiling.png.
+The trunk is the same for all, trained beside an embedder of --embedding-size, so what the KL adds
+is seen without its noise. Flags but --sizes and --seeds are those of train.py. Writes ceiling.csv,
+ceiling.md and ceiling.png.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 
 import compare
 import options
+import report
 import torch
 import train
 from baselines import principal
@@ -100,10 +103,12 @@ def measure(args: argparse.Namespace, run: Run, split: Any, sizes: list[int]) ->
         for part, images in (("train", split.train), ("test", split.test))
     }
     tested, spaces = parts["test"]
+    beside = report.settings(args, split)
+    del beside["seed"]
 
     def row(method: str, size: int, embeddings: Tensor) -> compare.Row:
         recall = recall_at_k(embeddings, tested.labels, ks=(1,))[compare.METRIC]
-        return {"method": method, "size": size, "seed": args.seed, compare.METRIC: recall}
+        return {"method": method, "size": size, "seed": args.seed, compare.METRIC: recall, **beside}
 
     rows = []
     for size in sizes:
@@ -143,6 +148,8 @@ def main(argv: list[str] | None = None) -> None:
         silent = argparse.Namespace(**{**vars(args), "weight": 0.0, "feature_weight": 0.0})
         silent.nmi = False
         split, held_out = train.prepare(silent)
+        if split.gallery is not None:
+            parser().error(f"{args.dataset} has a gallery, which is not searched here")
         args.steps_per_epoch = silent.steps_per_epoch
         trainer = train.Trainer("S2SD", train.s2sd_loss, silent, split, held_out, {}, None)
         run = trainer.train(train.stop.Request())  # not entered: Ctrl-C ends at once

@@ -94,7 +94,7 @@ def s2sd_loss(args: argparse.Namespace, model: Network, num_classes: int) -> Los
 
 def ramp(args: argparse.Namespace, full: float) -> float | Callable[[int], float]:
     """A weight under ``--ramp``: 0, then rising, then full."""
-    if not args.ramp:
+    if not args.ramp or not full:  # 0 switches a term off, a function of steps does not
         return full
     first, last = (step * args.accumulate for step in args.ramp)  # it counts forwards
     return lambda step: full * min(1.0, max(0.0, (step - first) / (last - first)))

@@ -181,6 +181,9 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
     def recipe(name: str) -> dict[str, Any]:
         """Keyword arguments that go together, to pass on as they are or changed.
 
+        They are settings of this loss. The example trainer's ``--recipe`` is another thing: a file
+        of all flags of a run.
+
         Args:
             name: "paper", the defaults: weights of 50 at T = 1, for some 8,000 steps at a learning
                 rate of 1e-5. Or "small-data", for some hundred steps at a higher one: weights of 10

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from test_examples import SMALL
 from test_trainer import parsed
+from trees import inshop
 
 import ceiling  # isort: skip
 
@@ -53,14 +54,19 @@ def test_it_writes_a_row_for_every_embedder(tmp_path, capsys, monkeypatch):
     kinds = [*ceiling.KINDS, "heads"]
     assert [r["method"] for r in rows] == kinds * 4
     assert {(r["size"], r["seed"]) for r in rows} == {(d, s) for d in "48" for s in "01"}
-    teachers = {r["seed"]: {r["Recall@1"]} for r in rows if r["method"] == "heads"}
-    assert all(len(values) == 1 for values in teachers.values())  # of no size
+    assert {r["dims"] for r in rows} == {"[24, 32]"}  # the configuration is beside the numbers
+    teachers = {(r["seed"], r["Recall@1"]) for r in rows if r["method"] == "heads"}
+    assert len(teachers) == 2  # one a seed, whatever the size
     assert (tmp_path / "ceiling.md").read_text() in capsys.readouterr().out
     assert (tmp_path / "ceiling.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_heads_there_is_no_ceiling(tmp_path, capsys):
+def test_what_it_cannot_measure_is_refused(tmp_path, capsys):
     (tmp_path / "model.pt").touch()
     with pytest.raises(SystemExit):
         ceiling.main([*SMALL, "--teacher", str(tmp_path / "model.pt")])
     assert "--teacher brings no heads to copy" in capsys.readouterr().err
+    flags = "--dataset inshop --image-size 16 --batch-size 4 --per-class 2 --steps-per-epoch 1"
+    with pytest.raises(SystemExit):
+        ceiling.main([*flags.split(), "--root", str(inshop(tmp_path))])
+    assert "inshop has a gallery" in capsys.readouterr().err

@@ -416,6 +416,7 @@ def test_the_weights_of_distillation_rise_along_the_ramp(tmp_path):
     weight = train.ramp(parsed("--ramp", 2, 6, "--accumulate", 2), 8.0)
     assert [weight(forward) for forward in (0, 4, 8, 12, 100)] == [0, 0, 4, 8, 8]
     assert train.ramp(parsed(), 8.0) == 8
+    assert train.ramp(parsed("--ramp", 2, 6), 0.0) == 0
     late = main(tmp_path / "late", "--s2sd-only", "--feature-delay", 0, "--ramp", 100, 200)
     none = main(tmp_path / "none", "--s2sd-only", "--weight", 0, "--feature-weight", 0)
     risen = main(tmp_path / "risen", "--s2sd-only", "--feature-delay", 0, "--ramp", 1, 3)
