@@ -145,8 +145,8 @@ def main(argv: list[str] | None = None) -> None:
             parser().error("--teacher brings no heads to copy")
         if args.threads:
             torch.set_num_threads(args.threads)
-        silent = argparse.Namespace(**{**vars(args), "weight": 0.0, "feature_weight": 0.0})
-        silent.nmi = False
+        others = {"weight": 0.0, "feature_weight": 0.0, "nmi": False}
+        silent = argparse.Namespace(**{**vars(args), **others})
         split, held_out = train.prepare(silent)
         if split.gallery is not None:
             parser().error(f"{args.dataset} has a gallery, which is not searched here")
