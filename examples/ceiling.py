@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import csv
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import compare
 import options
@@ -32,7 +32,7 @@ import torch
 import train
 from baselines import principal
 from evaluate import recall_at_k
-from images import Batches, Images
+from images import Batches
 from report import Run
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -48,25 +48,31 @@ KINDS = {  # are the base loss and the KL in force, and which images are fitted?
 STEPS, LR = 500, 2e-3
 
 
+class Frozen(NamedTuple):
+    """A part of the data in spaces that no longer move."""
+
+    features: Tensor
+    teacher: Tensor
+    labels: Tensor
+    principal: tuple[Tensor, Tensor]  # mean and directions of the features
+
+
+def freeze(spaces: dict[str, Tensor], labels: Tensor) -> Frozen:
+    """What is fitted to, from the spaces of a run."""
+    features = spaces["features"]
+    return Frozen(features, heads_of(spaces), labels, principal(features))
+
+
 def heads_of(spaces: dict[str, Tensor]) -> Tensor:
     """The heads' outputs side by side: the cosine of these rows is the mean of the heads'."""
     return torch.cat([z for name, z in spaces.items() if name.startswith("head ")], dim=1)
 
 
-def fit(
-    args: argparse.Namespace,
-    features: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    size: int,
-    *,
-    base: bool,
-    kl: bool,
-) -> nn.Linear:
+def fit(args: argparse.Namespace, frozen: Frozen, size: int, *, base: bool, kl: bool) -> nn.Linear:
     """An embedder of frozen features, from their principal directions on."""
+    features, teacher, labels, (mean, directions) = frozen
     torch.manual_seed(args.seed)
     embedder = nn.Linear(features.shape[1], size, device=features.device)
-    mean, directions = principal(features)
     kept = directions[:, :size].T
     with torch.no_grad():
         embedder.weight[: len(kept)] = kept  # the rest, if any, stays random
@@ -98,11 +104,11 @@ def fit(
 
 def measure(args: argparse.Namespace, run: Run, split: Any, sizes: list[int]) -> list[compare.Row]:
     """Recall@1 of every kind of embedder at every size, and of the teachers."""
-    parts: dict[str, tuple[Images, dict[str, Tensor]]] = {
-        part: (images, run.project(images, args.workers))
+    parts = {
+        part: freeze(run.project(images, args.workers), images.labels)
         for part, images in (("train", split.train), ("test", split.test))
     }
-    tested, spaces = parts["test"]
+    tested = parts["test"]
     beside = report.settings(args, split)
     del beside["seed"]
 
@@ -113,12 +119,10 @@ def measure(args: argparse.Namespace, run: Run, split: Any, sizes: list[int]) ->
     rows = []
     for size in sizes:
         for kind, (base, kl, part) in KINDS.items():
-            images, found = parts[part]
-            taught = found["features"], heads_of(found), images.labels
-            embedder = fit(args, *taught, size, base=base, kl=kl)
+            embedder = fit(args, parts[part], size, base=base, kl=kl)
             with torch.no_grad():
-                rows.append(row(kind, size, embedder(spaces["features"])))
-        rows.append(row("heads", size, heads_of(spaces)))
+                rows.append(row(kind, size, embedder(tested.features)))
+        rows.append(row("heads", size, tested.teacher))
     return rows
 
 

@@ -28,11 +28,12 @@ def test_what_is_fitted_falls(monkeypatch):
     labels = torch.arange(64) // 4
     features = torch.randn(64, 12) + 2 * torch.randn(16, 12)[labels]
     teacher = F.normalize(torch.randn(16, 20)[labels] + 0.5 * torch.randn(64, 20), dim=1)
+    frozen = ceiling.freeze({"features": features, "head 20": teacher}, labels)
     args = parsed("--batch-size", 32, "--per-class", 4, "--temperature", 0.2, "--exclude-self")
     loss_func, miner = ceiling.train.pml_loss(args, 16)
 
     def found(base, kl):
-        embeddings = ceiling.fit(args, features, teacher, labels, 6, base=base, kl=kl)(features)
+        embeddings = ceiling.fit(args, frozen, 6, base=base, kl=kl)(features)
         kl, _ = relation_kl(embeddings, [teacher], weights=[1.0], temperature=0.2)
         return kl.item(), loss_func(embeddings, labels, miner(embeddings, labels)).item()
 
