@@ -14,6 +14,7 @@ import ranks
 import torch
 from backbones import MAKERS
 from image_sets import SETS
+from reach import WAYS
 
 DIMS = (256, 512)
 SIZES = {"icons400": 32, "emoji": 64}  # of images that have one
@@ -222,6 +223,13 @@ def _s2sd(main: argparse.ArgumentParser) -> None:
         **switch(),
         help="leave self-similarities out of the softmaxes",
     )
+    add(
+        "--reach",
+        default=WAYS[0],
+        choices=WAYS,
+        help="how far the KL's gradient goes: into the trunk, as in the paper; no further than the "
+        "embedder; or into the teachers as well; default: %(default)s",
+    )
 
 
 def _baselines(main: argparse.ArgumentParser) -> None:
@@ -336,6 +344,8 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error("--schedule multistep and --milestones EPOCH ... go together")
     if args.teacher is not None and (args.variant != "msdf" or not args.teacher.exists()):
         main.error(f"--teacher {args.teacher} must be a file of --export, with --variant msdf")
+    if args.reach != WAYS[0] and (args.variant == "msdfa" or args.teacher):
+        main.error(f"--reach {args.reach} is for the variants dsd, msd and msdf, with heads")
     if ((args.nested or args.cut) and args.s2sd_only) or (args.teacher and args.baseline_only):
         main.error("--nested and --cut are for the base run, --teacher is for that of S2SD")
     if large := [cut for cut in args.cut if cut > args.embedding_size]:

@@ -40,6 +40,7 @@ from by_name import make_loss, make_miner
 from evaluate import apply, recall_at_k
 from images import Batches, Images, Split
 from network import Network
+from reach import WAYS, OtherReach
 from report import VALIDATION, Run
 from torch import nn
 from torch.utils.data import DataLoader
@@ -76,7 +77,10 @@ def s2sd_loss(args: argparse.Namespace, model: Network, num_classes: int) -> Los
         features = {"trunk": model.trunk, "feature_dim": model.embedder.in_features}
     if args.teacher:  # the features are its embeddings
         features = {"feature_dim": export.load(args.teacher).embedding_size}
-    make = getattr(S2SDLoss, args.variant)
+    kind: type[S2SDLoss] = S2SDLoss
+    if args.reach != WAYS[0]:
+        kind, features["reach"] = OtherReach, args.reach
+    make = getattr(kind, args.variant)
     loss_func = make(
         *pml_loss(args, num_classes),
         **features,
@@ -290,8 +294,8 @@ def main(argv: list[str] | None = None) -> None:
         del makers["S2SD" if args.baseline_only else "base"]
     folder = args.output / CHECKPOINTS
     try:  # build everything once: what is wrong with the flags shows before any training
-        if ranks.world() > 1 and (args.nested or args.teacher):
-            raise ValueError("--nested and --teacher are for one process")
+        if ranks.world() > 1 and (args.nested or args.teacher or args.reach != WAYS[0]):
+            raise ValueError("--nested, --teacher and --reach are for one process")
         ranks.check(args.device, args.batch_size, args.backbone == "cnn" or args.freeze_bn)
         split, held_out = prepare(args)
         network = make_network(args, split)

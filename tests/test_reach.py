@@ -1,0 +1,84 @@
+"""Where the gradient of the KL goes under --reach, and that its value is the paper's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pytorch_metric_learning import losses
+from test_examples import SMALL
+from torch import nn
+
+import reach  # isort: skip
+import train  # isort: skip
+
+from s2sd_pml import S2SDLoss
+
+SETTINGS = {
+    "head_dims": (12, 16),
+    "weight": 3.0,
+    "feature_weight": lambda step: 2.0,
+    "feature_delay": 1,
+    "temperature": 0.3,
+    "exclude_self": True,
+}
+
+
+def gradients(make, steps=1, **settings):
+    """The loss at a step, and its gradients on trunk, embedder and heads."""
+    torch.manual_seed(0)
+    trunk, embedder = nn.Linear(8, 10), nn.Linear(10, 4)
+    loss_func = make(losses.ContrastiveLoss(), embedder=embedder, **{**SETTINGS, **settings})
+    x, labels = torch.randn(12, 8), torch.arange(12) // 3
+    for _ in range(steps + 1):
+        loss = loss_func(embedder(trunk(x).relu()), labels)
+    heads = list(loss_func.branches.parameters())
+    parts = [list(trunk.parameters()), list(embedder.parameters()), heads]
+    found = torch.autograd.grad(loss, [p for part in parts for p in part])
+    flat = torch.cat([g.flatten() for g in found])
+    return loss.detach(), flat.split([sum(p.numel() for p in part) for part in parts])
+
+
+@pytest.mark.parametrize("steps", [0, 1])  # before and from the delay of the features
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_the_kl_reaches_the_embedder_alone(steps, exclude_self):
+    loss, (trunk, embedder, heads) = gradients(
+        lambda *a, **k: reach.OtherReach(*a, reach="embedder", **k),
+        steps,
+        exclude_self=exclude_self,
+    )
+    papers, (_, its_embedder, its_heads) = gradients(S2SDLoss, steps, exclude_self=exclude_self)
+    _, (without, *_) = gradients(S2SDLoss, weight=0.0, feature_weight=0.0)
+    torch.testing.assert_close(loss, papers)
+    torch.testing.assert_close(trunk, without)
+    torch.testing.assert_close(embedder, its_embedder)
+    torch.testing.assert_close(heads, its_heads)
+
+
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_the_kl_reaches_the_teachers(exclude_self):
+    def live(*a, **k):
+        return reach.OtherReach(*a, reach="teachers", **k)
+
+    loss, (trunk, embedder, heads) = gradients(live, exclude_self=exclude_self)
+    papers, theirs = gradients(S2SDLoss, exclude_self=exclude_self)
+    torch.testing.assert_close(loss, papers)
+    torch.testing.assert_close(embedder, theirs[1])
+    assert (trunk - theirs[0]).norm() > 0.01 * theirs[0].norm()
+    assert (heads - theirs[2]).norm() > 0.01 * theirs[2].norm()
+
+
+@pytest.mark.parametrize("way", reach.WAYS[1:])
+def test_a_run_with_another_reach(way, tmp_path):
+    def final(*flags):
+        folder = tmp_path / "-".join(("run", *flags)).replace("-", "")
+        train.main([*SMALL, "--s2sd-only", "--no-report", *flags, "--output", str(folder)])
+        return (folder / "metrics.csv").read_text().splitlines()[1:]
+
+    assert final("--reach", way) != final()
+
+
+@pytest.mark.parametrize("flags", [["--variant", "msdfa"], ["--teacher", __file__]])
+def test_a_reach_that_cannot_be(flags, capsys):
+    with pytest.raises(SystemExit):
+        train.main([*SMALL, "--reach", "embedder", *flags])
+    assert "--reach embedder is for the variants" in capsys.readouterr().err
