@@ -65,6 +65,7 @@ def main() -> None:
     if rank == 0:
         recall = recall_at_k(apply(model.module, unseen.images.to(device)).cpu(), unseen.labels)
         print(f"Recall@1 on unseen classes: {100 * recall['Recall@1']:.1f}%")
+    del model, loss_func  # DDP must go before its process group
     dist.destroy_process_group()
 
 

@@ -67,6 +67,9 @@ def test_what_it_cannot_measure_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         ceiling.main([*SMALL, "--teacher", str(tmp_path / "model.pt")])
     assert "--teacher brings no heads to copy" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ceiling.main([*SMALL, "--reach", "embedder"])
+    assert "--reach embedder: the trunk is frozen here" in capsys.readouterr().err
     flags = "--dataset inshop --image-size 16 --batch-size 4 --per-class 2 --steps-per-epoch 1"
     with pytest.raises(SystemExit):
         ceiling.main([*flags.split(), "--root", str(inshop(tmp_path))])

@@ -58,3 +58,8 @@ def test_it_writes_a_row_an_epoch_and_a_picture(tmp_path, capsys):
         assert all(float(row[f"feature_distill on {part}"]) > 0 for row in rows)
     assert "agreement with head 24" in capsys.readouterr().out
     assert (tmp_path / "diagnosis.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_objective_is_not_taken_apart():
+    with pytest.raises(SystemExit, match="--reach teachers: what is taken apart"):
+        diagnose.main([*SMALL, "--reach", "teachers"])

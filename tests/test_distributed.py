@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import gc
 import os
 import socket
 import traceback
@@ -73,7 +74,7 @@ def on_ranks(function, world):
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
     processes = [
-        context.Process(target=_on_rank, args=(function, rank, world, port, queue))
+        context.Process(target=_on_rank, args=(function, rank, world, port, queue), daemon=True)
         for rank in range(world)
     ]
     for p in processes:
@@ -81,6 +82,7 @@ def on_ranks(function, world):
     results = dict(queue.get() for _ in processes)
     for p in processes:
         p.join(60)
+        p.kill()  # pytest would wait for it at its own end
     assert not any(isinstance(r, str) for r in results.values()), results
     return [results[rank] for rank in range(world)]
 
@@ -98,6 +100,7 @@ def _on_rank(function, rank, world, port, queue):
     except Exception:
         queue.put((rank, traceback.format_exc()))
     finally:
+        gc.collect()  # DDP goes before its process group, see ranks.stop of the examples
         if dist.is_initialized():
             dist.destroy_process_group()
 
