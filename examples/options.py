@@ -228,7 +228,8 @@ def _s2sd(main: argparse.ArgumentParser) -> None:
         default=WAYS[0],
         choices=WAYS,
         help="how far the KL's gradient goes: into the trunk, as in the paper; no further than the "
-        "embedder; or into the teachers as well; default: %(default)s",
+        "embedder; into the teachers as well; or detached, the base loss's no further than the "
+        "embedder either; default: %(default)s",
     )
 
 

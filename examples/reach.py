@@ -1,4 +1,4 @@
-"""S2SD whose KL reaches less or more than the paper's, to measure what that choice is worth."""
+"""S2SD whose gradients reach less or more than the paper's, to measure what that is worth."""
 
 from __future__ import annotations
 
@@ -12,42 +12,47 @@ from torch import Tensor, nn
 from s2sd_pml import S2SDLoss
 from s2sd_pml.functional import relation_kl
 
-WAYS = ("trunk", "embedder", "teachers")  # the first is the paper's
+WAYS = ("trunk", "embedder", "teachers", "detached")  # the first is the paper's
 
 
 class OtherReach(S2SDLoss):
-    """S2SD for a linear embedder, with the gradient of the KL going another way.
+    """S2SD for a linear embedder, with gradients going another way.
 
     Args:
-        reach: "embedder" keeps it from the trunk. "teachers" lets it into the teachers as well,
-            which are not detached then.
+        reach: "embedder" keeps the gradient of the KL from the trunk. "teachers" lets it into the
+            teachers as well, which are not detached then. "detached" keeps that of the base loss
+            from the trunk too: the embedder sees detached features, and the heads alone train the
+            trunk.
     """
 
     def __init__(
         self, *args: Any, reach: str, weight: Any, feature_weight: Any, **kwargs: Any
     ) -> None:
-        super().__init__(*args, weight=0.0, feature_weight=0.0, **kwargs)  # the DML terms alone
+        self_made = reach != "detached"  # the KL is not S2SDLoss's own
+        given = {} if self_made else {"weight": weight, "feature_weight": feature_weight}
+        super().__init__(*args, **{"weight": 0.0, "feature_weight": 0.0, **given}, **kwargs)
         self.reach, self.weights = reach, (weight, feature_weight)
 
     def forward(
         self, embeddings: Tensor, labels: Tensor | None = None, indices_tuple: Any = None
     ) -> Tensor:
-        step = int(self.step)
-        loss = super().forward(embeddings, labels, indices_tuple)
         if not self.training:
-            return loss
+            return super().forward(embeddings, labels, indices_tuple)
         φ = self.capture.features_of(embeddings)
-        γ, γ_f = (w(step) if callable(w) else w for w in self.weights)
+        embedder: nn.Linear = self.capture.module
+        student = F.linear(φ.detach(), embedder.weight, embedder.bias)
+        if self.reach == "detached":
+            return super().forward(student, labels, indices_tuple, features=φ)
+
+        γ, γ_f = (w(int(self.step)) if callable(w) else w for w in self.weights)
+        γ_f *= int(self.step) >= self.feature_delay
+        loss = super().forward(embeddings, labels, indices_tuple)  # the DML terms
         teachers = [*self.project(φ).values(), φ]
-        if step < self.feature_delay:
-            γ_f = 0.0
         weights = [γ / len(self.head_dims)] * len(self.head_dims) + [γ_f]
         if self.reach == "teachers":
             return loss + live_kl(
                 embeddings, teachers, weights, self.temperature, self.exclude_self
             )
-        embedder: nn.Linear = self.capture.module
-        student = F.linear(φ.detach(), embedder.weight, embedder.bias)
         settings = {"temperature": self.temperature, "exclude_self": self.exclude_self}
         return loss + relation_kl(student, teachers, weights=weights, **settings)[0]
 

@@ -23,11 +23,21 @@ SETTINGS = {
 }
 
 
-def gradients(make, steps=1, **settings):
+class Times(losses.ContrastiveLoss):
+    """A base loss whose branch losses are not multiplied."""
+
+    factor = 1.0
+
+    def forward(self, *args):
+        return self.factor * super().forward(*args)
+
+
+def gradients(make, steps=1, base_factor=1.0, **settings):
     """The loss at a step, and its gradients on trunk, embedder and heads."""
     torch.manual_seed(0)
     trunk, embedder = nn.Linear(8, 10), nn.Linear(10, 4)
-    loss_func = make(losses.ContrastiveLoss(), embedder=embedder, **{**SETTINGS, **settings})
+    loss_func = make(Times(), embedder=embedder, **{**SETTINGS, **settings})
+    loss_func.loss.factor = base_factor
     x, labels = torch.randn(12, 8), torch.arange(12) // 3
     for _ in range(steps + 1):
         loss = loss_func(embedder(trunk(x).relu()), labels)
@@ -52,6 +62,19 @@ def test_the_kl_reaches_the_embedder_alone(steps, exclude_self):
     torch.testing.assert_close(trunk, without)
     torch.testing.assert_close(embedder, its_embedder)
     torch.testing.assert_close(heads, its_heads)
+
+
+def test_the_heads_alone_train_the_trunk():
+    def detached(*a, **k):
+        return reach.OtherReach(*a, reach="detached", **k)
+
+    loss, (trunk, embedder, heads) = gradients(detached)
+    papers, (_, its_embedder, its_heads) = gradients(S2SDLoss)
+    torch.testing.assert_close(loss, papers)
+    torch.testing.assert_close(embedder, its_embedder)
+    torch.testing.assert_close(heads, its_heads)
+    _, (other, *_) = gradients(detached, weight=0.0, feature_weight=0.0, base_factor=7.0)
+    torch.testing.assert_close(trunk, other)  # neither KL nor base loss is felt
 
 
 @pytest.mark.parametrize("exclude_self", [False, True])
