@@ -244,7 +244,8 @@ def table(rows: list[Row]) -> str:
             mean, _ = interval(found.values())
             paired = differences(rows, method, size) if method != BASE else []
             shift, half = interval(paired) if paired else (0, 0)
-            cells.append(f"{mean:.1f}" + (f" ({shift:+.1f} ± {half:.1f})" if paired else ""))
+            bound = f" ± {half:.1f}" if len(paired) > 1 else ""  # one seed has none
+            cells.append(f"{mean:.1f}" + (f" ({shift:+.1f}{bound})" if paired else ""))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -129,6 +129,9 @@ def test_intervals_and_paired_differences_by_hand():
     assert "| base | 54.0 |" in compare.table(results)
     results.append({"method": "base", "size": 16, "seed": 0, "Recall@1": 0.7})
     assert "| MSD | 53.0 (+2.0 ± 12.7) |  |" in compare.table(results)
+    alone = compare.table([r for r in results if r["seed"] == results[0]["seed"]])
+    assert "±" not in alone
+    assert "| MSD | " in alone
 
 
 def test_a_bad_method_is_named(tmp_path):
