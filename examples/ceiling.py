@@ -12,10 +12,11 @@ every size to its features:
     KL, tested images by the KL alone, on the very images that are tested: no method, but an
                       estimate of what copying these teachers could give at best
     heads             the teachers themselves, joined: their mean cosine
+    trained along     the embedder of --embedding-size that was trained with the trunk
 
-The trunk is the same for all, trained beside an embedder of --embedding-size, so what the KL adds
-is seen without its noise. Flags but --sizes and --seeds are those of train.py. Writes ceiling.csv,
-ceiling.md and ceiling.png.
+The trunk is the same for all, so what the KL adds is seen without its noise. With --baseline-only
+it is that of the base loss, without heads, and embedders are fitted by the base loss alone. Flags
+but --sizes and --seeds are those of train.py. Writes ceiling.csv, ceiling.md and ceiling.png.
 """
 
 from __future__ import annotations
@@ -49,11 +50,14 @@ KINDS = {  # are the base loss and the KL in force, and which images are fitted?
 STEPS, LR = 500, 2e-3
 
 
+ALONG = "trained along"
+
+
 class Frozen(NamedTuple):
     """A part of the data in spaces that no longer move."""
 
     features: Tensor
-    teacher: Tensor
+    teacher: Tensor | None  # there is none beside the base loss alone
     labels: Tensor
     principal: tuple[Tensor, Tensor]  # mean and directions of the features
 
@@ -64,9 +68,10 @@ def freeze(spaces: dict[str, Tensor], labels: Tensor) -> Frozen:
     return Frozen(features, heads_of(spaces), labels, principal(features))
 
 
-def heads_of(spaces: dict[str, Tensor]) -> Tensor:
+def heads_of(spaces: dict[str, Tensor]) -> Tensor | None:
     """The heads' outputs side by side: the cosine of these rows is the mean of the heads'."""
-    return torch.cat([z for name, z in spaces.items() if name.startswith("head ")], dim=1)
+    heads = [z for name, z in spaces.items() if name.startswith("head ")]
+    return torch.cat(heads, dim=1) if heads else None
 
 
 def fit(args: argparse.Namespace, frozen: Frozen, size: int, *, base: bool, kl: bool) -> nn.Linear:
@@ -105,9 +110,13 @@ def fit(args: argparse.Namespace, frozen: Frozen, size: int, *, base: bool, kl: 
 
 def measure(args: argparse.Namespace, run: Run, split: Any, sizes: list[int]) -> list[compare.Row]:
     """Recall@1 of every kind of embedder at every size, and of the teachers."""
-    parts = {
-        part: freeze(run.project(images, args.workers), images.labels)
+    spaces = {
+        part: run.project(images, args.workers)
         for part, images in (("train", split.train), ("test", split.test))
+    }
+    parts = {
+        "train": freeze(spaces["train"], split.train.labels),
+        "test": freeze(spaces["test"], split.test.labels),
     }
     tested = parts["test"]
     beside = report.settings(args, split)
@@ -120,10 +129,15 @@ def measure(args: argparse.Namespace, run: Run, split: Any, sizes: list[int]) ->
     rows = []
     for size in sizes:
         for kind, (base, kl, part) in KINDS.items():
+            if tested.teacher is None and kl:
+                continue
             embedder = fit(args, parts[part], size, base=base, kl=kl)
             with torch.no_grad():
                 rows.append(row(kind, size, embedder(tested.features)))
-        rows.append(row("heads", size, tested.teacher))
+        if tested.teacher is not None:
+            rows.append(row("heads", size, tested.teacher))
+        if size == args.embedding_size:
+            rows.append(row(ALONG, size, spaces["test"]["embeddings"]))
     return rows
 
 
@@ -158,7 +172,10 @@ def main(argv: list[str] | None = None) -> None:
         if split.gallery is not None:
             parser().error(f"{args.dataset} has a gallery, which is not searched here")
         args.steps_per_epoch = silent.steps_per_epoch
-        trainer = train.Trainer("S2SD", train.s2sd_loss, silent, split, held_out, {}, None)
+        which = ("S2SD", train.s2sd_loss)
+        if args.baseline_only:
+            which = ("base", train.base_loss)
+        trainer = train.Trainer(*which, silent, split, held_out, {}, None)
         run = trainer.train(train.stop.Request())  # not entered: Ctrl-C ends at once
         rows += measure(args, run, split, own.sizes)
         write(args.output, rows)

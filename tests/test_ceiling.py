@@ -49,17 +49,28 @@ def test_what_is_fitted_falls(monkeypatch):
 def test_it_writes_a_row_for_every_embedder(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ceiling, "STEPS", 3)
     sizes = ["--sizes", "4", "8", "--seeds", "0", "1"]
-    ceiling.main([*SMALL, *sizes, "--output", str(tmp_path)])
+    ceiling.main([*SMALL, *sizes, "--embedding-size", "8", "--output", str(tmp_path)])
     with open(tmp_path / "ceiling.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     kinds = [*ceiling.KINDS, "heads"]
-    assert [r["method"] for r in rows] == kinds * 4
+    along = [r for r in rows if r["method"] == ceiling.ALONG]
+    assert [r["method"] for r in rows if r not in along] == kinds * 4
+    assert [(r["size"], r["seed"]) for r in along] == [("8", "0"), ("8", "1")]
     assert {(r["size"], r["seed"]) for r in rows} == {(d, s) for d in "48" for s in "01"}
     assert {r["dims"] for r in rows} == {"[24, 32]"}  # the configuration is beside the numbers
     teachers = {(r["seed"], r["Recall@1"]) for r in rows if r["method"] == "heads"}
     assert len(teachers) == 2  # one a seed, whatever the size
     assert (tmp_path / "ceiling.md").read_text() in capsys.readouterr().out
     assert (tmp_path / "ceiling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_trunk_of_the_base_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(ceiling, "STEPS", 3)
+    flags = ["--sizes", "4", "8", "--seeds", "0", "--baseline-only", "--embedding-size", "8"]
+    ceiling.main([*SMALL, *flags, "--output", str(tmp_path)])
+    with open(tmp_path / "ceiling.csv", newline="") as file:
+        found = [(r["method"], r["size"]) for r in csv.DictReader(file)]
+    assert found == [("base", "4"), ("base", "8"), (ceiling.ALONG, "8")]
 
 
 def test_what_it_cannot_measure_is_refused(tmp_path, capsys):
