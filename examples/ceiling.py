@@ -34,7 +34,7 @@ import train
 from baselines import principal
 from evaluate import recall_at_k
 from images import Batches
-from reach import WAYS
+from reach import PAPERS
 from report import Run
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         args = options.parse(options.parser(), flags)
         if args.teacher:
             parser().error("--teacher brings no heads to copy")
-        if args.reach != WAYS[0]:
+        if args.reach != PAPERS:
             parser().error(f"--reach {args.reach}: the trunk is frozen here")
         if args.threads:
             torch.set_num_threads(args.threads)

@@ -24,7 +24,7 @@ import train
 from evaluate import recall_at_k
 from images import Batches
 from network import pool
-from reach import WAYS
+from reach import PAPERS
 from spaces import rho
 from torch import Tensor, nn
 
@@ -153,7 +153,7 @@ def draw(rows: list[Row], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Train, write diagnosis.csv and diagnosis.png, print the last row."""
     args = options.parse(options.parser(), argv)
-    if args.reach != WAYS[0]:
+    if args.reach != PAPERS:
         raise SystemExit(f"--reach {args.reach}: what is taken apart here is the paper's objective")
     if args.threads:
         torch.set_num_threads(args.threads)

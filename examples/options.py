@@ -14,7 +14,7 @@ import ranks
 import torch
 from backbones import MAKERS
 from image_sets import SETS
-from reach import WAYS
+from reach import PAPERS, WAYS
 
 DIMS = (256, 512)
 SIZES = {"icons400": 32, "emoji": 64}  # of images that have one
@@ -225,7 +225,7 @@ def _s2sd(main: argparse.ArgumentParser) -> None:
     )
     add(
         "--reach",
-        default=WAYS[0],
+        default=PAPERS,
         choices=WAYS,
         help="how far the KL's gradient goes: into the trunk, as in the paper; no further than the "
         "embedder; into the teachers as well; or detached, the base loss's no further than the "
@@ -345,8 +345,8 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error("--schedule multistep and --milestones EPOCH ... go together")
     if args.teacher is not None and (args.variant != "msdf" or not args.teacher.exists()):
         main.error(f"--teacher {args.teacher} must be a file of --export, with --variant msdf")
-    if args.reach != WAYS[0] and (args.variant == "msdfa" or args.teacher):
-        main.error(f"--reach {args.reach} is for the variants dsd, msd and msdf, with heads")
+    if args.reach != PAPERS and (args.variant == "msdfa" or args.teacher or args.baseline_only):
+        main.error(f"--reach {args.reach} is for the S2SD run of dsd, msd and msdf, with heads")
     if ((args.nested or args.cut) and args.s2sd_only) or (args.teacher and args.baseline_only):
         main.error("--nested and --cut are for the base run, --teacher is for that of S2SD")
     if large := [cut for cut in args.cut if cut > args.embedding_size]:

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2sd_pml import S2SDLoss
-from s2sd_pml.functional import relation_kl
+from s2sd_pml.functional import full_precision, relation_kl
 
-WAYS = ("trunk", "embedder", "teachers", "detached")  # the first is the paper's
+PAPERS = "trunk"
+WAYS = (PAPERS, "embedder", "teachers", "detached")
 
 
 class OtherReach(S2SDLoss):
@@ -28,9 +29,10 @@ class OtherReach(S2SDLoss):
     def __init__(
         self, *args: Any, reach: str, weight: Any, feature_weight: Any, **kwargs: Any
     ) -> None:
-        self_made = reach != "detached"  # the KL is not S2SDLoss's own
-        given = {} if self_made else {"weight": weight, "feature_weight": feature_weight}
-        super().__init__(*args, **{"weight": 0.0, "feature_weight": 0.0, **given}, **kwargs)
+        inside = {"weight": 0.0, "feature_weight": 0.0}  # the KL is computed here
+        if reach == "detached":
+            inside = {"weight": weight, "feature_weight": feature_weight}
+        super().__init__(*args, **inside, **kwargs)
         self.reach, self.weights = reach, (weight, feature_weight)
 
     def forward(
@@ -45,16 +47,19 @@ class OtherReach(S2SDLoss):
             return super().forward(student, labels, indices_tuple, features=φ)
 
         γ, γ_f = (w(int(self.step)) if callable(w) else w for w in self.weights)
-        γ_f *= int(self.step) >= self.feature_delay
+        weights = [γ / len(self.head_dims)] * len(self.head_dims)
+        teachers = list(self.project(φ).values())
+        if γ_f and int(self.step) >= self.feature_delay:
+            teachers, weights = [*teachers, φ], [*weights, γ_f]
         loss = super().forward(embeddings, labels, indices_tuple)  # the DML terms
-        teachers = [*self.project(φ).values(), φ]
-        weights = [γ / len(self.head_dims)] * len(self.head_dims) + [γ_f]
-        if self.reach == "teachers":
-            return loss + live_kl(
-                embeddings, teachers, weights, self.temperature, self.exclude_self
-            )
         settings = {"temperature": self.temperature, "exclude_self": self.exclude_self}
-        return loss + relation_kl(student, teachers, weights=weights, **settings)[0]
+        if self.reach == "teachers":
+            distillation, kl = live_kl(embeddings, teachers, weights, **settings)
+        else:
+            distillation, kl = relation_kl(student, teachers, weights=weights, **settings)
+        if len(teachers) > len(self.head_dims):
+            self.components["feature_distill"] = kl[-1]
+        return loss + distillation
 
 
 def live_kl(
@@ -63,17 +68,19 @@ def live_kl(
     weights: Sequence[float],
     temperature: float,
     exclude_self: bool,
-) -> Tensor:
-    """``relation_kl``'s total, with a gradient for the teachers as well."""
-    kept = ~torch.eye(len(student), dtype=torch.bool) | (not exclude_self)
+) -> tuple[Tensor, Tensor]:
+    """``relation_kl``, with a gradient for the teachers as well."""
+    kept = ~torch.eye(len(student), dtype=torch.bool, device=student.device) | (not exclude_self)
 
     def log_relations(x: Tensor) -> Tensor:
-        x = F.normalize(x, dim=1)
-        similarities = (x @ x.T)[kept.to(x.device)].view(len(x), -1)
-        return (similarities / temperature).log_softmax(dim=1)
+        x = F.normalize(full_precision(x), dim=1)
+        return ((x @ x.T)[kept].view(len(x), -1) / temperature).log_softmax(dim=1)
 
-    own, total = log_relations(student), student.new_zeros(())
-    for weight, teacher in zip(weights, teachers, strict=True):
-        kl = F.kl_div(own, log_relations(teacher), log_target=True, reduction="batchmean")
-        total = total + weight * temperature**2 * kl
-    return total
+    with torch.autocast(student.device.type, enabled=False):
+        own = log_relations(student)
+        divergences = [
+            temperature**2 * F.kl_div(own, log_relations(t), log_target=True, reduction="batchmean")
+            for t in teachers
+        ]
+        kl = torch.stack(divergences)
+        return (kl * kl.new_tensor(list(weights))).sum(), kl.detach()

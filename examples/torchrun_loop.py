@@ -6,6 +6,7 @@ torchrun --nproc_per_node=2 examples/torchrun_loop.py
 from __future__ import annotations
 
 import argparse
+import gc
 
 import icons
 import torch
@@ -65,7 +66,8 @@ def main() -> None:
     if rank == 0:
         recall = recall_at_k(apply(model.module, unseen.images.to(device)).cpu(), unseen.labels)
         print(f"Recall@1 on unseen classes: {100 * recall['Recall@1']:.1f}%")
-    del model, loss_func  # DDP must go before its process group
+    del model, loss_func
+    gc.collect()  # DDP, which holds itself, must go before its process group
     dist.destroy_process_group()
 
 

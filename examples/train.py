@@ -40,7 +40,7 @@ from by_name import make_loss, make_miner
 from evaluate import apply, recall_at_k
 from images import Batches, Images, Split
 from network import Network
-from reach import WAYS, OtherReach
+from reach import PAPERS, OtherReach
 from report import VALIDATION, Run
 from torch import nn
 from torch.utils.data import DataLoader
@@ -78,7 +78,7 @@ def s2sd_loss(args: argparse.Namespace, model: Network, num_classes: int) -> Los
     if args.teacher:  # the features are its embeddings
         features = {"feature_dim": export.load(args.teacher).embedding_size}
     kind: type[S2SDLoss] = S2SDLoss
-    if args.reach != WAYS[0]:
+    if args.reach != PAPERS:
         kind, features["reach"] = OtherReach, args.reach
     make = getattr(kind, args.variant)
     loss_func = make(
@@ -294,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
         del makers["S2SD" if args.baseline_only else "base"]
     folder = args.output / CHECKPOINTS
     try:  # build everything once: what is wrong with the flags shows before any training
-        if ranks.world() > 1 and (args.nested or args.teacher or args.reach != WAYS[0]):
+        if ranks.world() > 1 and (args.nested or args.teacher or args.reach != PAPERS):
             raise ValueError("--nested, --teacher and --reach are for one process")
         ranks.check(args.device, args.batch_size, args.backbone == "cnn" or args.freeze_bn)
         split, held_out = prepare(args)
