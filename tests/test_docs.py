@@ -22,8 +22,8 @@ import s2sd_pml
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_CODE = set(
-    "README.md index.md adopt.md authors-code.md does-it-help.md faq.md features.md how-it-works.md "
-    "optimizer.md settings.md supported.md works-with.md".split()
+    "README.md index.md adopt.md authors-code.md does-it-help.md faq.md features.md "
+    "how-it-works.md optimizer.md settings.md supported.md works-with.md".split()
 )
 
 
