@@ -266,7 +266,7 @@ def draw_differences(rows: list[Row], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.2, height), layout="constrained")
     axes.errorbar(means, shown, xerr=np.nan_to_num(halves), fmt="o", ms=4, capsize=2)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(xlabel=f"{METRIC} on unseen classes minus base, points; {sizes[0]} dimensions")
+    axes.set(xlabel=f"{METRIC} minus base, points\n(unseen classes, {sizes[0]} dimensions)")
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
