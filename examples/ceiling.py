@@ -47,10 +47,8 @@ KINDS = {  # are the base loss and the KL in force, and which images are fitted?
     "KL": (False, True, "train"),
     "KL, tested images": (False, True, "test"),
 }
-STEPS, LR = 500, 2e-3
-
-
 ALONG = "trained along"
+STEPS, LR = 500, 2e-3
 
 
 class Frozen(NamedTuple):
@@ -110,14 +108,9 @@ def fit(args: argparse.Namespace, frozen: Frozen, size: int, *, base: bool, kl: 
 
 def measure(args: argparse.Namespace, run: Run, split: Any, sizes: list[int]) -> list[compare.Row]:
     """Recall@1 of every kind of embedder at every size, and of the teachers."""
-    spaces = {
-        part: run.project(images, args.workers)
-        for part, images in (("train", split.train), ("test", split.test))
-    }
-    parts = {
-        "train": freeze(spaces["train"], split.train.labels),
-        "test": freeze(spaces["test"], split.test.labels),
-    }
+    images = {"train": split.train, "test": split.test}
+    spaces = {part: run.project(images[part], args.workers) for part in images}
+    parts = {part: freeze(spaces[part], images[part].labels) for part in images}
     tested = parts["test"]
     beside = report.settings(args, split)
     del beside["seed"]

@@ -1,5 +1,6 @@
 """README and docs: Python blocks run, links lead somewhere, every public name is there."""
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -116,3 +117,32 @@ def test_the_page_of_losses_and_miners_names_every_one_of_pml():
 def test_the_version_is_in_the_changelog():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## [{s2sd_pml.__version__}]" in changelog
+
+
+def test_the_differences_between_trunks_are_those_of_the_rows():
+    page = (ROOT / "docs" / "does-it-help.md").read_text(encoding="utf-8")
+
+    def recalls(name):
+        with open(ROOT / "docs" / "results" / f"{name}.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {(r["method"], int(r["size"]), r["seed"]): 100 * float(r["Recall@1"]) for r in rows}
+
+    along, heads, base = map(recalls, ("emoji", "ceiling-emoji", "ceiling-emoji-base"))
+
+    def told(one, other, sign=""):
+        (rows, *key), (others, *of) = one, other
+        seeds = sorted({seed for *_, seed in rows})
+        mean, half = compare.interval(rows[(*key, s)] - others[(*of, s)] for s in seeds)
+        assert len(seeds) == 5
+        return f"{mean:{sign}.1f} ± {half:.1f}"
+
+    for size in (16, 32, 64, 128):
+        fitted = (heads, "base + KL", size)
+        assert f"{told(fitted, (base, 'base', size))} at {size}" in page.replace("\n  ", " ")
+    for size in (16, 32, 128):
+        fitted = (heads, "base + KL", size)
+        assert f"{told(fitted, (along, 'base', size), '+')} at {size}" in page
+        assert told(fitted, (along, "base 512 + PCA", size), "+") in page
+    twice = told((heads, "base + KL", 32), (along, "base", 128))
+    assert f"{twice} above the base loss at 128" in page
+    assert f"{told((base, 'base', 32), (along, 'base', 32))} points at 32" in page
