@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 from types import ModuleType
@@ -9,6 +10,14 @@ from typing import Any
 
 from pytorch_metric_learning import losses, miners
 from torch import nn
+
+LossAndMiner = tuple[nn.Module, "nn.Module | None"]
+
+
+def pml_loss(args: argparse.Namespace, num_classes: int) -> LossAndMiner:
+    """The plain PML loss of the flags, and the miner that goes with it."""
+    loss_func = make_loss(args.loss, args.loss_args, num_classes, args.embedding_size)
+    return loss_func, make_miner(args.miner, args.miner_args)
 
 
 def make_loss(name: str, given: dict[str, Any], num_classes: int, embedding_size: int) -> nn.Module:

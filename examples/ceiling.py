@@ -24,22 +24,19 @@ from __future__ import annotations
 import argparse
 import csv
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import compare
 import options
 import report
 import torch
 import train
-from baselines import principal
 from evaluate import recall_at_k
-from images import Batches
 from reach import PAPERS
+from refit import fit, freeze
 from report import Run
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-
-from s2sd_pml.functional import relation_kl
 
 KINDS = {  # are the base loss and the KL in force, and which images are fitted?
     compare.BASE: (True, False, "train"),
@@ -48,62 +45,7 @@ KINDS = {  # are the base loss and the KL in force, and which images are fitted?
     "KL, tested images": (False, True, "test"),
 }
 ALONG = "trained along"
-STEPS, LR = 500, 2e-3
-
-
-class Frozen(NamedTuple):
-    """A part of the data in spaces that no longer move."""
-
-    features: Tensor
-    teacher: Tensor | None  # there is none beside the base loss alone
-    labels: Tensor
-    principal: tuple[Tensor, Tensor]  # mean and directions of the features
-
-
-def freeze(spaces: dict[str, Tensor], labels: Tensor) -> Frozen:
-    """What is fitted to, from the spaces of a run."""
-    features = spaces["features"]
-    return Frozen(features, heads_of(spaces), labels, principal(features))
-
-
-def heads_of(spaces: dict[str, Tensor]) -> Tensor | None:
-    """The heads' outputs side by side: the cosine of these rows is the mean of the heads'."""
-    heads = [z for name, z in spaces.items() if name.startswith("head ")]
-    return torch.cat(heads, dim=1) if heads else None
-
-
-def fit(args: argparse.Namespace, frozen: Frozen, size: int, *, base: bool, kl: bool) -> nn.Linear:
-    """An embedder of frozen features, from their principal directions on."""
-    features, teacher, labels, (mean, directions) = frozen
-    torch.manual_seed(args.seed)
-    embedder = nn.Linear(features.shape[1], size, device=features.device)
-    kept = directions[:, :size].T
-    with torch.no_grad():
-        embedder.weight[: len(kept)] = kept  # the rest, if any, stays random
-        embedder.bias.copy_(-embedder.weight @ mean)
-    args = argparse.Namespace(**{**vars(args), "embedding_size": size})
-    loss_func, miner = train.pml_loss(args, int(labels.max()) + 1)
-    loss_func.to(features.device)
-    groups = [
-        {"params": list(embedder.parameters()), "lr": LR},
-        {"params": list(loss_func.parameters()), "lr": args.loss_lr},
-    ]
-    optimizer = torch.optim.Adam([group for group in groups if group["params"]])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    for rows, _ in Batches(labels, args.batch_size, args.per_class, STEPS, args.seed):
-        embeddings, y = embedder(features[rows]), labels[rows].to(features.device)
-        loss = embeddings.new_zeros(())
-        if base:
-            loss = loss + loss_func(embeddings, y, miner(embeddings, y) if miner else None)
-        if kl:
-            settings = {"temperature": args.temperature, "exclude_self": args.exclude_self}
-            weights = [args.weight if base else 1.0]  # alone, Adam does not feel it
-            loss = loss + relation_kl(embeddings, [teacher[rows]], weights=weights, **settings)[0]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return embedder
+STEPS = 500
 
 
 def measure(args: argparse.Namespace, run: Run, split: Any, sizes: list[int]) -> list[compare.Row]:
@@ -124,7 +66,9 @@ def measure(args: argparse.Namespace, run: Run, split: Any, sizes: list[int]) ->
         for kind, (base, kl, part) in KINDS.items():
             if tested.teacher is None and kl:
                 continue
-            embedder = fit(args, parts[part], size, base=base, kl=kl)
+            weight = args.weight if base else 1.0  # alone, Adam does not feel it
+            kinds = {"base": base, "weight": weight if kl else 0.0}
+            embedder = fit(args, parts[part], size, steps=STEPS, **kinds)
             with torch.no_grad():
                 rows.append(row(kind, size, embedder(tested.features)))
         if tested.teacher is not None:

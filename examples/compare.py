@@ -31,6 +31,7 @@ import matplotlib
 import numpy as np
 import options
 import train
+from report import REFIT
 from scipy.stats import t as student_t
 from tqdm import tqdm
 
@@ -62,16 +63,24 @@ SMALL = (
     f"--feature-delay {RECIPE['feature_delay']} --temperature {RECIPE['temperature']} "
     f"{'--exclude-self' if RECIPE['exclude_self'] else ''}"
 )
+KL = (  # in force when an embedder is fitted anew, of all methods with heads
+    f"--refit-weight {RECIPE['weight']} --temperature {RECIPE['temperature']} "
+    f"{'--exclude-self' if RECIPE['exclude_self'] else ''}"
+)
+HEADS = "--s2sd-only --variant msd --weight 0 {kl}"
 BIG = f"--baseline-only --embedding-size {LARGE} --cut {CUTS}"
 METHODS = {
     BASE: Method("--baseline-only", "base"),
-    "heads, no KL": Method("--s2sd-only --variant msd --weight 0"),
+    "heads, no KL": Method(HEADS),
     "DSD": Method("--s2sd-only --variant dsd"),
     "MSD": Method("--s2sd-only --variant msd"),
     "MSDF": Method("--s2sd-only --variant msdf"),
     "MSDFA": Method("--s2sd-only --variant msdfa"),
     "MSDF, small-data": Method(SMALL),
     "base, twice the steps": Method("--baseline-only --epochs {twice}", "base"),
+    f"base, {REFIT}": Method("--baseline-only", f"base, {REFIT}"),
+    f"heads, {REFIT}": Method(HEADS, f"S2SD, {REFIT}"),
+    f"MSDF, small-data, {REFIT}": Method(SMALL, f"S2SD, {REFIT}"),
     f"base {LARGE} + PCA": Method(BIG, "PCA {size}", sized=False),
     "nested": Method(
         f"--baseline-only --embedding-size 128 --nested 8 16 32 64 --cut {CUTS[:-4]}",
@@ -143,8 +152,11 @@ def run_cell(cell: Cell) -> None:
 
 def grid(args: argparse.Namespace, rest: list[str]) -> list[Entry]:
     """Every row of the results. A cell's file is named after its flags."""
-    twice = 2 * options.parse(options.parser(), rest).epochs
+    known = options.parse(options.parser(), rest)
+    filled = {"twice": 2 * known.epochs, "kl": KL if known.refit else ""}
     methods = {name: METHODS[name] for name in args.methods}
+    if refitted := [name for name in methods if REFIT in name and not known.refit]:
+        raise SystemExit(f"{refitted[0]!r} needs --refit STEPS, such as --refit 500")
     for text in args.method:
         name, colon, flags = text.partition(":")
         if not colon:
@@ -154,7 +166,7 @@ def grid(args: argparse.Namespace, rest: list[str]) -> list[Entry]:
 
     def cell(flags: str, size: int | None, seed: int, teacher: Path | None = None) -> Cell:
         sized = [] if size is None else ["--embedding-size", str(size)]
-        every = [*common, *flags.format(twice=twice).split(), *sized, "--seed", str(seed)]
+        every = [*common, *flags.format(**filled).split(), *sized, "--seed", str(seed)]
         key = hashlib.sha256(json.dumps([*every, bool(teacher)]).encode()).hexdigest()[:12]
         return Cell(every, args.output / "cells" / f"{key}.json", teacher)
 
@@ -309,7 +321,8 @@ def parser() -> argparse.ArgumentParser:
     add = main.add_argument
     add("--sizes", type=int, nargs="+", default=[8, 16, 32, 64])
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    add("--methods", nargs="*", choices=METHODS, default=list(METHODS), metavar="NAME")
+    usual = [name for name in METHODS if REFIT not in name]
+    add("--methods", nargs="*", choices=METHODS, default=usual, metavar="NAME")
     add("--method", action="append", default=[], metavar="'NAME: FLAGS'", help="one of your own")
     add("--validation", action="store_true", help="evaluate on held-out training classes")
     add("--workers", type=int, default=os.cpu_count() or 1, help="cells at a time")

@@ -239,6 +239,13 @@ def _baselines(main: argparse.ArgumentParser) -> None:
     add("--nested", **sizes, help="base run: the loss on the first D dimensions as well")
     add("--cut", **sizes, help="base run: test the embeddings cut to D too, plainly and by PCA")
     add(
+        "--refit",
+        type=positive,
+        metavar="STEPS",
+        help="test an embedder fitted anew to the features of the trained trunk too, and export it",
+    )
+    add("--refit-weight", type=rate, help="S2SD run: γ in it; default: --weight")
+    add(
         "--teacher",
         type=Path,
         metavar="FILE",
@@ -349,6 +356,10 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error(f"--reach {args.reach} is for the S2SD run of dsd, msd and msdf, with heads")
     if ((args.nested or args.cut) and args.s2sd_only) or (args.teacher and args.baseline_only):
         main.error("--nested and --cut are for the base run, --teacher is for that of S2SD")
+    if args.refit and (args.nested or args.teacher):
+        main.error("--refit fits by the base loss and heads: not with --nested or --teacher")
+    if args.refit_weight is not None and (not args.refit or args.baseline_only):
+        main.error("--refit-weight is for the S2SD run with --refit")
     if large := [cut for cut in args.cut if cut > args.embedding_size]:
         main.error(f"--cut {large[0]} is more than --embedding-size {args.embedding_size}")
     if args.image_size and args.image_size != SIZES.get(args.dataset, args.image_size):
@@ -364,6 +375,8 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
     args.dims = args.dims or (DIMS[-1:] if args.variant == "dsd" else DIMS)
     if args.feature_weight is None:
         args.feature_weight = FEATURE_WEIGHT if distils_features else 0.0
+    if args.refit_weight is None:
+        args.refit_weight = args.weight if args.refit else None
     if args.steps_per_epoch is None and args.dataset == "icons400":
         args.steps_per_epoch = 50
     args.image_size = args.image_size or SIZES.get(args.dataset, 224)

@@ -27,6 +27,7 @@ import s2sd_pml
 from s2sd_pml import S2SDLoss
 
 COMPONENTS = ("base", "aux", "distill", "feature_distill")
+REFIT = "refit"  # the space of an embedder fitted anew
 VALIDATION = "validation Recall@1"  # on held-out training classes, after an epoch
 COLUMNS = ("run", "epoch", "step", "metric", "value", "seconds")
 PROGRESS = ("epoch", "step", "chosen", "seconds", "recorded", "history")
@@ -59,6 +60,7 @@ class Run:
     # heads; and the scores of the first and the last, by name.
     spaces: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     scores: Scores = field(default_factory=dict)
+    refitted: nn.Linear | None = None  # the embedder of --refit, tested beside the model's own
 
     def state_dict(self) -> dict[str, Any]:
         """The position and the history; the model and the loss are parts of their own."""
@@ -114,6 +116,8 @@ class Run:
         """
         parts = {"test": split.test} | ({"gallery": split.gallery} if split.gallery else {})
         self.spaces = {part: self.project(images, workers) for part, images in parts.items()}
+        for spaces in self.spaces.values() if self.refitted else ():
+            spaces[REFIT] = self.refitted(spaces["features"]).detach()
         if cuts:
             fitted = F.normalize(self.project(split.train, workers)["embeddings"], dim=1)
             mean, directions = principal(fitted)
@@ -124,7 +128,8 @@ class Run:
                 spaces[f"PCA {cut}"] = (whole - mean) @ directions[:, :cut]
         for space, embeddings in self.spaces["test"].items():
             if space != "features":
-                name = self.name if space == "embeddings" else space
+                own = {"embeddings": self.name, REFIT: f"{self.name}, {REFIT}"}
+                name = own.get(space, space)
                 gallery = self.gallery(split, space)
                 self.scores[name] = evaluate(embeddings, split.test.labels, split.ks, gallery, nmi)
 
@@ -157,7 +162,7 @@ def table(runs: list[Run]) -> str:
     seconds = {run.name: run.seconds for run in runs}
     columns = list(scores)
     if {"base", "S2SD"} <= set(columns):
-        columns.insert(2, "difference")
+        columns.insert(columns.index("S2SD") + 1, "difference")
     lines = [["", *columns]]
     for metric in scores[runs[0].name]:
         values = {name: 100 * scores[name][metric] for name in scores}

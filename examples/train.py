@@ -31,12 +31,13 @@ import options
 import page
 import plots
 import ranks
+import refit
 import report
 import spaces
 import stop
 import torch
 from baselines import NestedLoss, teacher
-from by_name import make_loss, make_miner
+from by_name import LossAndMiner, pml_loss
 from evaluate import apply, recall_at_k
 from images import Batches, Images, Split
 from network import Network
@@ -50,13 +51,6 @@ from s2sd_pml import ProjectionHead, S2SDLoss
 from s2sd_pml.errors import S2SDError
 
 CHECKPOINTS = "checkpoints"
-LossAndMiner = tuple[nn.Module, "nn.Module | None"]
-
-
-def pml_loss(args: argparse.Namespace, num_classes: int) -> LossAndMiner:
-    """The plain PML loss, and the miner that goes with it."""
-    loss_func = make_loss(args.loss, args.loss_args, num_classes, args.embedding_size)
-    return loss_func, make_miner(args.miner, args.miner_args)
 
 
 def base_loss(args: argparse.Namespace, model: Network, num_classes: int) -> LossAndMiner:
@@ -226,6 +220,8 @@ class Trainer:
         if main_rank:
             self.best.restore()
             cuts = args.cut if run.name == "base" else ()
+            if args.refit:
+                self.refit()
             run.score(self.split, args.workers, cuts, nmi=args.nmi)
             log.write(run.rows())
             log.close()
@@ -265,6 +261,14 @@ class Trainer:
         if self.held_out:
             self.best.update(recall, run.epoch)
             run.chosen = self.best.epoch
+
+    def refit(self) -> None:
+        """Another embedder for the trained trunk: by the base loss, and the KL to the heads."""
+        args, run, images, start = self.args, self.run, self.split.train, time.perf_counter()
+        frozen = refit.freeze(run.project(images, args.workers), images.labels)
+        weight = 0.0 if frozen.teacher is None else args.refit_weight
+        run.refitted = refit.fit(args, frozen, args.embedding_size, steps=args.refit, weight=weight)
+        run.seconds += time.perf_counter() - start
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -376,6 +380,8 @@ def finish(args: argparse.Namespace, runs: list[Run], split: Split) -> None:
     if not args.checkpoint_every:  # what Ctrl-C left has served
         shutil.rmtree(args.output / CHECKPOINTS, ignore_errors=True)
     if args.export:
+        if args.refit:
+            runs[-1].model.embedder = runs[-1].refitted
         some, _ = split.test[list(range(min(len(split.test), 64))), None]
         export.write(runs[-1].model, args.export, some.to(args.device))
     if args.report:
@@ -387,7 +393,8 @@ def finish(args: argparse.Namespace, runs: list[Run], split: Split) -> None:
     print(f"\nMetrics and configuration are in {args.output}", end="")
     print(", with pictures in report.html" if args.report else "")
     if args.export:
-        print(f"The {runs[-1].name} model, loaded back and compared, is in {args.export}")
+        again = ", its embedder fitted anew," if args.refit else ","
+        print(f"The {runs[-1].name} model{again} loaded back and compared, is in {args.export}")
 
 
 if __name__ == "__main__":

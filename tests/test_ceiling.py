@@ -1,49 +1,14 @@
-"""The bound on what copying gives: frozen features, embedders fitted by base loss and KL."""
+"""The bound on what copying gives: every embedder of a frozen trunk has its row."""
 
 from __future__ import annotations
 
 import csv
 
 import pytest
-import torch
-import torch.nn.functional as F
 from test_examples import SMALL
-from test_trainer import parsed
 from trees import inshop
 
 import ceiling  # isort: skip
-
-from s2sd_pml.functional import relation_kl
-
-
-def test_the_cosine_of_joined_heads_is_their_mean():
-    heads = {f"head {d}": F.normalize(torch.randn(6, d), dim=1) for d in (4, 9)}
-    joined = F.normalize(ceiling.heads_of({"features": torch.ones(6, 3), **heads}), dim=1)
-    mean = sum(z @ z.T for z in heads.values()) / 2
-    torch.testing.assert_close(joined @ joined.T, mean)
-
-
-def test_what_is_fitted_falls(monkeypatch):
-    torch.manual_seed(0)
-    labels = torch.arange(64) // 4
-    features = torch.randn(64, 12) + 2 * torch.randn(16, 12)[labels]
-    teacher = F.normalize(torch.randn(16, 20)[labels] + 0.5 * torch.randn(64, 20), dim=1)
-    frozen = ceiling.freeze({"features": features, "head 20": teacher}, labels)
-    args = parsed("--batch-size", 32, "--per-class", 4, "--temperature", 0.2, "--exclude-self")
-    loss_func, miner = ceiling.train.pml_loss(args, 16)
-
-    def found(base, kl):
-        embeddings = ceiling.fit(args, frozen, 6, base=base, kl=kl)(features)
-        kl, _ = relation_kl(embeddings, [teacher], weights=[1.0], temperature=0.2)
-        return kl.item(), loss_func(embeddings, labels, miner(embeddings, labels)).item()
-
-    monkeypatch.setattr(ceiling, "STEPS", 0)
-    start = found(False, True)
-    monkeypatch.setattr(ceiling, "STEPS", 60)
-    copied, based, both = (found(*kinds) for kinds in ((0, 1), (1, 0), (1, 1)))
-    assert copied[0] < 0.9 * start[0]
-    assert based[1] < 0.9 * start[1]
-    assert copied[0] < both[0] < based[0]
 
 
 def test_it_writes_a_row_for_every_embedder(tmp_path, capsys, monkeypatch):

@@ -71,6 +71,35 @@ def test_another_flag_is_another_cell(tmp_path):
     assert all("--baseline-only --epochs 6" in " ".join(entry.cell.flags) for entry in found)
 
 
+def test_embedders_fitted_anew_share_the_training_of_their_trunk(tmp_path):
+    methods = ["base", "base, refit", "heads, no KL", "heads, refit", "MSDF, small-data, refit"]
+    flags = [
+        "--output",
+        str(tmp_path),
+        *TINY,
+        "--sizes",
+        "4",
+        "--seeds",
+        "0",
+        "--methods",
+        *methods,
+    ]
+    with pytest.raises(SystemExit, match="'base, refit' needs --refit STEPS"):
+        compare.main(flags)
+    compare.main([*flags, "--refit", "5"])
+    assert len(list((tmp_path / "cells").glob("*.json"))) == 3
+    found = {r["method"]: r for r in rows(tmp_path)}
+    assert list(found) == methods
+    assert len({r["MAP@R"] for r in found.values()}) == len(methods)
+    recipe = S2SDLoss.recipe("small-data")
+    for name in methods[2:]:  # the KL is the recipe's, in force at the end or throughout
+        assert float(found[name]["refit_weight"]) == recipe["weight"]
+        assert float(found[name]["temperature"]) == recipe["temperature"]
+        assert found[name]["exclude_self"] == str(recipe["exclude_self"])
+    usual = compare_args([])[0].methods
+    assert set(compare.METHODS) - set(usual) == {m for m in compare.METHODS if "refit" in m}
+
+
 def test_the_recipe_of_the_library_is_in_the_grid():
     args = options.parse(options.parser(), compare.METHODS["MSDF, small-data"].flags.split())
     recipe = S2SDLoss.recipe("small-data")
