@@ -28,6 +28,8 @@ import report  # isort: skip
 import stop  # isort: skip
 import train  # isort: skip
 
+from s2sd_pml import S2SDLoss
+
 
 def main(tmp_path, *flags):
     train.main([*SMALL, "--quiet", "--no-report", "--output", str(tmp_path), *map(str, flags)])
@@ -574,6 +576,14 @@ def test_the_recipes_are_the_authors_sample_runs(name, row):
         loss_func, miner = train.pml_loss(args, 7)
         assert (loss_func.alpha, loss_func.beta, loss_func.base) == (2, 40, 0.5)
         assert miner.epsilon == 0.1
+
+
+@pytest.mark.parametrize("name", ["small-data", "emoji-lite0-msim"])
+def test_the_recipes_of_short_training_are_that_of_the_library(name):
+    args, recipe = parsed("--recipe", name), S2SDLoss.recipe("small-data")
+    assert args.dims == list(recipe.pop("head_dims"))
+    assert {key: getattr(args, key) for key in recipe} == recipe
+    assert args.variant == "msdf"
 
 
 def test_there_is_a_recipe_for_every_sample_run_and_no_flag_is_named_twice():
