@@ -71,7 +71,8 @@ def test_a_run_tests_and_exports_the_new_embedder(tmp_path, capsys):
     images = split.test[list(range(len(split.test))), None][0]
     with torch.no_grad():
         recall = train.recall_at_k(exported(images), split.test.labels, ks=(1,))["Recall@1"]
-    assert recall == pytest.approx(float(with_kl["S2SD, refit", "Recall@1"]), abs=1e-3)
+    assert recall == pytest.approx(float(with_kl["S2SD, refit", "Recall@1"]), abs=5e-3)
+    assert recall > float(with_kl["S2SD", "Recall@1"]) + 0.01
 
 
 @pytest.mark.parametrize(
