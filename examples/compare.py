@@ -157,6 +157,8 @@ def grid(args: argparse.Namespace, rest: list[str]) -> list[Entry]:
     methods = {name: METHODS[name] for name in args.methods}
     if refitted := [name for name in methods if REFIT in name and not known.refit]:
         raise SystemExit(f"{refitted[0]!r} needs --refit STEPS, such as --refit 500")
+    if others := [name for name in ("nested", "two stages") if name in methods and known.refit]:
+        raise SystemExit(f"{others[0]!r} has no embedder fitted anew: run it without --refit")
     for text in args.method:
         name, colon, flags = text.partition(":")
         if not colon:

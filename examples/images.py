@@ -217,14 +217,19 @@ class Batches(Sampler[Key]):
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[Key]:
+        for rows, seeds in self.whole():
+            yield ranks.own(rows).tolist(), ranks.own(seeds).tolist()
+
+    def whole(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows and seeds of every batch, of all ranks."""
         for step in range(self.start, self.stop):
             epoch, place = divmod(step, self.steps)
             if step == self.start or place == 0:
                 random = np.random.RandomState([self.seed, epoch])
                 rows = self._epoch(random)
                 seeds = random.randint(2**31, size=(self.steps, self.batch_size))
-            own = slice(place * self.batch_size, (place + 1) * self.batch_size)
-            yield ranks.own(rows[own]).tolist(), ranks.own(torch.from_numpy(seeds[place])).tolist()
+            batch = slice(place * self.batch_size, (place + 1) * self.batch_size)
+            yield rows[batch], torch.from_numpy(seeds[place])
 
     def _epoch(self, random: np.random.RandomState) -> Tensor:
         length = self.batch_size * self.steps

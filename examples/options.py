@@ -358,8 +358,8 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error("--nested and --cut are for the base run, --teacher is for that of S2SD")
     if args.refit and (args.nested or args.teacher):
         main.error("--refit fits by the base loss and heads: not with --nested or --teacher")
-    if args.refit_weight is not None and (not args.refit or args.baseline_only):
-        main.error("--refit-weight is for the S2SD run with --refit")
+    if args.refit_weight is not None and not args.refit:
+        main.error("--refit-weight is for --refit")
     if large := [cut for cut in args.cut if cut > args.embedding_size]:
         main.error(f"--cut {large[0]} is more than --embedding-size {args.embedding_size}")
     if args.image_size and args.image_size != SIZES.get(args.dataset, args.image_size):

@@ -73,7 +73,7 @@ def fit(
     ]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-    for rows, _ in Batches(labels, args.batch_size, args.per_class, steps, args.seed):
+    for rows, _ in Batches(labels, args.batch_size, args.per_class, steps, args.seed).whole():
         embeddings, y = embedder(features[rows]), labels[rows].to(features.device)
         loss = embeddings.new_zeros(())
         if base:

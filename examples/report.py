@@ -61,6 +61,7 @@ class Run:
     spaces: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     scores: Scores = field(default_factory=dict)
     refitted: nn.Linear | None = None  # the embedder of --refit, tested beside the model's own
+    refit_seconds: float = 0.0  # what it took
 
     def state_dict(self) -> dict[str, Any]:
         """The position and the history; the model and the loss are parts of their own."""
@@ -89,7 +90,8 @@ class Run:
         return self.history + final
 
     def _rows(self, who: str, values: dict[str, float], epoch: int | None = None) -> list[Row]:
-        now, epoch = round(self.seconds, 3), self.epoch if epoch is None else epoch
+        seconds = self.seconds + (self.refit_seconds if who.endswith(REFIT) else 0.0)
+        now, epoch = round(seconds, 3), self.epoch if epoch is None else epoch
         return [(who, epoch, self.step, metric, v, now) for metric, v in values.items()]
 
     def project(self, images: Images, workers: int = 0) -> dict[str, Tensor]:
@@ -160,6 +162,7 @@ def table(runs: list[Run]) -> str:
     """Metrics in per cent: base, S2SD, their difference, and every head as a teacher."""
     scores = {name: values for run in runs for name, values in run.scores.items()}
     seconds = {run.name: run.seconds for run in runs}
+    seconds |= {f"{run.name}, {REFIT}": run.seconds + run.refit_seconds for run in runs}
     columns = list(scores)
     if {"base", "S2SD"} <= set(columns):
         columns.insert(columns.index("S2SD") + 1, "difference")

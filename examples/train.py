@@ -150,7 +150,8 @@ class Trainer:
         self.stepper = optim.Stepper(args, optimizer, model)
         self.average, self.loss_func = average, loss_func
         self.run = Run(name, average.model, loss_func, trained=model)
-        self.best = optim.Best(model=average.model, loss_func=loss_func)
+        own = {"trained": model} if args.ema else {}  # the heads stand on its features
+        self.best = optim.Best(model=average.model, loss_func=loss_func, **own)
         self.parts = {
             "run": self.run,
             "model": model,
@@ -268,7 +269,7 @@ class Trainer:
         frozen = refit.freeze(run.project(images, args.workers), images.labels)
         weight = 0.0 if frozen.teacher is None else args.refit_weight
         run.refitted = refit.fit(args, frozen, args.embedding_size, steps=args.refit, weight=weight)
-        run.seconds += time.perf_counter() - start
+        run.refit_seconds = time.perf_counter() - start
 
     def save(self) -> None:
         """Write a checkpoint."""

@@ -86,6 +86,8 @@ def test_embedders_fitted_anew_share_the_training_of_their_trunk(tmp_path):
     ]
     with pytest.raises(SystemExit, match="'base, refit' needs --refit STEPS"):
         compare.main(flags)
+    with pytest.raises(SystemExit, match="'nested' has no embedder fitted anew"):
+        compare.main([*flags, "nested", "--refit", "5"])
     compare.main([*flags, "--refit", "5"])
     assert len(list((tmp_path / "cells").glob("*.json"))) == 3
     found = {r["method"]: r for r in rows(tmp_path)}

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import csv
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_examples import SMALL
 from test_trainer import parsed
+from trees import inshop
 
 import export  # isort: skip
+import ranks  # isort: skip
 import refit  # isort: skip
 import train  # isort: skip
+from images import Batches  # isort: skip
 
-from s2sd_pml.functional import relation_kl
+from s2sd_pml.functional import relation_kl, relation_kl_reference
 
 
 def test_the_cosine_of_joined_heads_is_their_mean():
@@ -44,6 +48,81 @@ def test_what_is_fitted_falls():
     assert copied[0] < 0.9 * start[0]
     assert based[1] < 0.9 * start[1]
     assert copied[0] < both[0] < based[0]
+
+
+def test_its_steps_are_those_of_adam_on_the_whole_objective(monkeypatch):
+    torch.manual_seed(0)
+    labels = torch.arange(24) // 3
+    features, teacher = torch.randn(24, 10), F.normalize(torch.randn(24, 7), dim=1)
+    frozen = refit.freeze({"features": features, "head 7": teacher}, labels)
+    args = parsed("--batch-size", 12, "--per-class", 3, "--temperature", 0.2, "--exclude-self")
+    embedder = refit.fit(args, frozen, 4, steps=0)
+    centred = features - features.mean(dim=0)
+    torch.testing.assert_close(embedder(features), centred @ frozen.principal[1][:, :4])
+
+    loss_func, miner = train.pml_loss(args, 8)
+    optimizer = torch.optim.Adam(embedder.parameters())
+    batches = Batches(labels, 12, 3, 2, args.seed)
+    for (rows, _), lr in zip(batches, (refit.LR, refit.LR / 2), strict=True):  # half a cosine
+        z, y = embedder(features[rows]), labels[rows]
+        settings = {"temperature": 0.2, "exclude_self": True}
+        kl, _ = relation_kl_reference(z, [teacher[rows]], weights=[3.0], **settings)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        (loss_func(z, y, miner(z, y)) + kl).backward()
+        optimizer.step()
+    fitted = refit.fit(args, frozen, 4, steps=2, weight=3.0)
+    torch.testing.assert_close(fitted.weight, embedder.weight)
+    torch.testing.assert_close(fitted.bias, embedder.bias)
+
+    monkeypatch.setattr(ranks, "world", lambda: 2)  # one rank fits, to whole batches
+    again = refit.fit(args, frozen, 4, steps=2, weight=3.0)
+    assert torch.equal(again.weight, fitted.weight)
+
+
+def test_it_is_fitted_to_training_images_and_to_the_chosen_epoch(tmp_path, monkeypatch):
+    """With a gallery, an average and a chosen epoch: the best is held at the start of training."""
+    seen = []
+
+    def watched(args, frozen, *rest, **kinds):
+        seen.append(frozen)
+        return refit_fit(args, frozen, *rest, **kinds)
+
+    refit_fit = refit.fit
+    monkeypatch.setattr(refit, "fit", watched)
+    flags = "--dataset inshop --image-size 16 --batch-size 4 --per-class 2 --dims 24 32 --refit 3"
+    flags += " --epochs 1 --steps-per-epoch 2 --choose-epoch --validation-share 0.5 --ema 0.5"
+    args = parsed(*flags.split(), "--quiet", "--root", inshop(tmp_path))
+    split, held_out = train.prepare(args)
+    trainer = train.Trainer("S2SD", train.s2sd_loss, args, split, held_out, {}, None)
+    trainer.best.update(2.0, 1)
+    run = trainer.train(train.stop.Request())
+    (frozen,) = seen
+    assert torch.equal(frozen.labels, split.train.labels)
+    spaces = run.project(split.train)  # of the start: an average, and what it was the average of
+    assert torch.equal(spaces["features"], frozen.features)
+    assert torch.equal(refit.heads_of(spaces), frozen.teacher)
+    weights = run.model.trunk.state_dict(), run.trained.trunk.state_dict()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    for tested in (run.spaces["test"], run.spaces["gallery"]):
+        assert torch.equal(tested["refit"], run.refitted(tested["features"]))
+        assert not torch.equal(tested["refit"], tested["embeddings"])
+    assert "S2SD, refit" in run.scores
+    assert run.rows()[-1][-1] == pytest.approx(run.seconds + run.refit_seconds, abs=1e-3)
+
+
+def test_its_configuration_repeats_it(tmp_path):
+    def scores():
+        with open(tmp_path / "metrics.csv", newline="") as file:
+            return [(r["run"], r["metric"], r["value"]) for r in csv.DictReader(file)]
+
+    flags = ["--baseline-only", "--refit", "3", "--no-report", "--output", str(tmp_path)]
+    train.main([*SMALL, *flags])
+    first = scores()
+    assert ("base, refit", "MAP@R") in {row[:2] for row in first}
+    config = shutil.copy(tmp_path / "config.json", tmp_path / "again.json")
+    train.main(["--config", str(config), "--no-report"])
+    assert scores() == first
 
 
 def test_a_run_tests_and_exports_the_new_embedder(tmp_path, capsys):
@@ -80,8 +159,7 @@ def test_a_run_tests_and_exports_the_new_embedder(tmp_path, capsys):
     [
         (["--refit", "5", "--nested", "8"], "--refit fits by the base loss and heads"),
         (["--refit", "5", "--teacher", __file__], "--refit fits by the base loss and heads"),
-        (["--refit-weight", "5"], "--refit-weight is for the S2SD run with --refit"),
-        (["--refit", "5", "--refit-weight", "5", "--baseline-only"], "for the S2SD run"),
+        (["--refit-weight", "5"], "--refit-weight is for --refit"),
     ],
 )
 def test_a_refit_that_cannot_be(flags, why, capsys):
