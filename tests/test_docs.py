@@ -136,13 +136,28 @@ def test_the_differences_between_trunks_are_those_of_the_rows():
         assert len(seeds) == 5
         return f"{mean:{sign}.1f} ± {half:.1f}"
 
+    page = page.replace("\n  ", " ")
+    usual, new = "MSDF, small-data", "MSDF, small-data, refit"
     for size in (16, 32, 64, 128):
         fitted = (heads, "base + KL", size)
-        assert f"{told(fitted, (base, 'base', size))} at {size}" in page.replace("\n  ", " ")
-    for size in (16, 32, 128):
-        fitted = (heads, "base + KL", size)
+        assert f"{told(fitted, (base, 'base', size))} at {size}" in page
         assert f"{told(fitted, (along, 'base', size), '+')} at {size}" in page
-        assert told(fitted, (along, "base 512 + PCA", size), "+") in page
-    twice = told((heads, "base + KL", 32), (along, "base", 128))
-    assert f"{twice} above the base loss at 128" in page
+        for method in (fitted, (along, usual, size), (along, new, size)):
+            assert told(method, (along, "base 512 + PCA", size)) in page
+        assert f"{told((along, new, size), (along, 'base', size))} at {size}" in page
+    for one, other in [
+        ((heads, "base + KL", 32), (along, "base", 128)),
+        ((along, new, 32), (along, "base", 128)),
+        ((along, new, 32), (along, "base", 64)),
+        ((along, new, 64), (along, "base", 128)),
+    ]:
+        assert f"{told(one, other)} above" in page
+    assert f"{told((along, new, 32), (base, 'base', 32))} at 32" in page
+    assert f"{told((along, new, 64), (along, 'base, refit', 64))} at 64" in page
+    assert f"{told((along, new, 32), (heads, 'base + KL', 32))} better still at 32" in page
     assert f"{told((base, 'base', 32), (along, 'base', 32))} points at 32" in page
+
+    two = recalls("emoji-two-per-class")
+    for method in ("base", usual):
+        assert told((along, method, 32), (two, method, 32)) in page
+    assert f"{told((two, new, 32), (two, 'base, refit', 32))}." in page
