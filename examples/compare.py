@@ -57,16 +57,15 @@ class Method(NamedTuple):
 
 
 RECIPE = S2SDLoss.recipe("small-data")
+SOFTMAX = (
+    f"--temperature {RECIPE['temperature']} {'--exclude-self' if RECIPE['exclude_self'] else ''}"
+)
 SMALL = (
     f"--s2sd-only --variant msdf --dims {' '.join(map(str, RECIPE['head_dims']))} "
     f"--weight {RECIPE['weight']} --feature-weight {RECIPE['feature_weight']} "
-    f"--feature-delay {RECIPE['feature_delay']} --temperature {RECIPE['temperature']} "
-    f"{'--exclude-self' if RECIPE['exclude_self'] else ''}"
+    f"--feature-delay {RECIPE['feature_delay']} {SOFTMAX}"
 )
-KL = (  # in force when an embedder is fitted anew, of all methods with heads
-    f"--refit-weight {RECIPE['weight']} --temperature {RECIPE['temperature']} "
-    f"{'--exclude-self' if RECIPE['exclude_self'] else ''}"
-)
+KL = f"--refit-weight {RECIPE['weight']} {SOFTMAX}"  # where heads teach the new embedder alone
 HEADS = "--s2sd-only --variant msd --weight 0 {kl}"
 BIG = f"--baseline-only --embedding-size {LARGE} --cut {CUTS}"
 METHODS = {

@@ -375,8 +375,8 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
     args.dims = args.dims or (DIMS[-1:] if args.variant == "dsd" else DIMS)
     if args.feature_weight is None:
         args.feature_weight = FEATURE_WEIGHT if distils_features else 0.0
-    if args.refit_weight is None:
-        args.refit_weight = args.weight if args.refit else None
+    if args.refit and args.refit_weight is None:
+        args.refit_weight = args.weight
     if args.steps_per_epoch is None and args.dataset == "icons400":
         args.steps_per_epoch = 50
     args.image_size = args.image_size or SIZES.get(args.dataset, 224)
