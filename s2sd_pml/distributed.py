@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -11,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .errors import DistributedError
+from .errors import DistributedError, DistributedWarning
+from .guard import outside
 
 T = TypeVar("T", Tensor, Tensor | None)
 MUST_AGREE = (
@@ -20,6 +22,7 @@ MUST_AGREE = (
     "the type of the labels (None: none given)",
     "the training step",
 )
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TYPES = [None, *sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)]
 
 
@@ -39,6 +42,7 @@ class Gather:
         ready = enabled and dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size() if ready else 1
         self.own_rows: tuple[int, int] | None = None
+        self._print = 0  # of the parameters, where they are compared
 
     @contextmanager
     def agreement(self, embeddings: Any, labels: Any, step: int) -> Iterator[None]:
@@ -54,33 +58,51 @@ class Gather:
             yield
             return
         self.device = getattr(embeddings, "device", torch.device("cpu"))
-        message = torch.zeros(len(MUST_AGREE) + 2, dtype=torch.long, device=self.device)
+        message = torch.zeros(len(MUST_AGREE) + 3, dtype=torch.long, device=self.device)
         try:
             yield
         except Exception:
             _all_gather(message, self.world_size)
             raise
         types = [TYPES.index(x if x is None else x.dtype) for x in (embeddings, labels)]
-        own = [1, *embeddings.shape, *types, step]
+        own = [1, *embeddings.shape, *types, step, self._print]
         told = [r.tolist() for r in _all_gather(message.new_tensor(own), self.world_size)]
         if failed := [str(rank) for rank, (fine, *_) in enumerate(told) if not fine]:
             raise DistributedError(
                 f"This rank's batch is fine, but rank {', '.join(failed)} of {self.world_size} "
                 "refused its own. The error raised there tells why."
             )
-        for name, values in zip(MUST_AGREE, zip(*(t[2:] for t in told), strict=True), strict=True):
+        for name, values in zip(
+            MUST_AGREE, zip(*(t[2:-1] for t in told), strict=True), strict=True
+        ):
             if len(set(values)) > 1:
                 seen = [TYPES[v] for v in values] if "type" in name else list(values)
                 raise DistributedError(
                     f"The ranks differ in {name}: {seen}, in rank order. Call the loss "
                     "with the same model and at the same step on all of them."
                 )
+        if len({t[-1] for t in told}) > 1:
+            warnings.warn(
+                f"At step {step} the parameters of heads and losses differ between the "
+                f"{self.world_size} ranks, so the heads' embeddings of the global batch are not of "
+                "one space. Mend: DistributedDataParallel(loss_func), as with the model.",
+                DistributedWarning,
+                stacklevel=outside(),
+            )
         self.sizes = [rows for _, rows, *_ in told]
         rank = dist.get_rank()
         start = sum(self.sizes[:rank])
         self.own_rows = (start, start + self.sizes[rank])
         # This rank's weight in a mean over ranks: 1 if all hold as many rows.
         self.share = self.sizes[rank] * self.world_size / sum(self.sizes)
+
+    def compare(self, parameters: Iterable[Tensor], step: int) -> None:
+        """Within ``agreement``: let the ranks compare these, at every step of a few.
+
+        Heads that are built alike and trained apart differ from the first step of the optimizer on.
+        """
+        if self.world_size > 1 and (step & (step - 1) == 0 or step % 256 == 0):
+            self._print = fingerprint(parameters)
 
     def __call__(self, x: T) -> T:
         """The rows of all ranks."""
@@ -116,6 +138,19 @@ class Gather:
         dist.all_reduce(value)
         value /= self.world_size
         return total + (value[0] - total.detach()), value[1:]
+
+
+def fingerprint(parameters: Iterable[Tensor]) -> int:
+    """A number that tells apart what differs in a single bit, but for chance.
+
+    The bits are added up as whole numbers, which no order of summation rounds.
+    """
+    total = torch.zeros((), dtype=torch.long)
+    for p in parameters:
+        if type(p) in (Tensor, nn.Parameter):  # DTensors differ by right
+            bits = p.detach().contiguous().view(BITS[p.element_size()])
+            total = total.to(p.device) * 31 + bits.sum()
+    return int(total)
 
 
 def _all_gather(x: Tensor, world_size: int) -> list[Tensor]:

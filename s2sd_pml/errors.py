@@ -39,5 +39,9 @@ class DistributedError(S2SDError):
     """The ranks of a process group cannot share this batch."""
 
 
+class DistributedWarning(UserWarning):
+    """The ranks train heads of their own, where they should train the same."""
+
+
 class OptimizerWarning(UserWarning):
     """The model moves, the auxiliary heads do not: they are in no optimizer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 import weakref
@@ -17,7 +18,7 @@ from .errors import OptimizerWarning
 PATIENCE = 5  # optimizer steps of the model that the heads may sit out
 MAX_NODES = 400
 LEAVES = 8
-INSIDE = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+INSIDE = (str(Path(__file__).parent), str(Path(torch.__file__).parent), contextlib.__file__)
 
 
 class OptimizerGuard:
@@ -83,14 +84,14 @@ class OptimizerGuard:
             "or build the optimizer over [*model.parameters(), *loss_func.parameters()]; with a "
             "PML trainer pass an optimizer over loss_func.parameters() as 'metric_loss_optimizer'.",
             OptimizerWarning,
-            stacklevel=_outside(),
+            stacklevel=outside(),
         )
 
     def __getstate__(self) -> dict[str, Any]:
         return OptimizerGuard().__dict__  # a copied or unpickled loss watches anew
 
 
-def _outside() -> int:
+def outside() -> int:
     """The stack level, for the caller, of the first frame that is neither ours nor torch's."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):

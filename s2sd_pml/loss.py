@@ -250,6 +250,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
             φ = self._features(features, embeddings, "features")
             # a head may refuse its batch too; alone, the base loss comes first
             early = self._project(φ) if gather.world_size > 1 else None
+            gather.compare(self.parameters(), step)
         ψ, labels = gather(embeddings), gather(labels)
 
         # 1/2 [ L(ψ) + mean_i L(g_i(φ)) ]

@@ -20,7 +20,7 @@ from pytorch_metric_learning import losses, miners
 from torch.nn.parallel import DistributedDataParallel
 
 from s2sd_pml import S2SDLoss, distributed
-from s2sd_pml.errors import DistributedError, S2SDError
+from s2sd_pml.errors import DistributedError, DistributedWarning, S2SDError
 
 CASES = {
     "pairs": lambda: (losses.ContrastiveLoss(), None),
@@ -94,6 +94,7 @@ def on_ranks(function, world):
 def _on_rank(function, rank, world, port, queue):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    warnings.simplefilter("error", DistributedWarning)  # where the loss is wrapped there is none
     try:
         dist.init_process_group(
             "gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
@@ -101,7 +102,7 @@ def _on_rank(function, rank, world, port, queue):
         result = function(rank)
         # numpy, since tensors would share memory with a process that is about to end
         queue.put((rank, {k: v.numpy().copy() for k, v in result.items()}))
-    except Exception:
+    except BaseException:  # pytest's own failures are none of Exception
         queue.put((rank, traceback.format_exc()))
     finally:
         gc.collect()  # DDP goes before its process group, see ranks.stop of the examples
@@ -183,6 +184,39 @@ def margin_rank(rank):
 def test_a_batch_without_pairs_does_not_stop_a_learnable_margin_over_ranks():
     first, second = on_ranks(margin_rank, 2)
     assert first["beta"] == second["beta"] != losses.MarginLoss().beta
+
+
+def unwrapped_rank(rank):
+    """A loss without parameters of its own never asked for DDP; its heads do."""
+    model, loss_func = build("pairs", gather_distributed=True)
+    trained = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD([*model.parameters(), *loss_func.parameters()], lr=1e-3)
+    torch.manual_seed(10 + rank)
+    loss_func(trained(images(8)), labels(8)).backward()  # the heads are still alike
+    optimizer.step()
+    with pytest.warns(
+        DistributedWarning, match="step 1 .*2 ranks.*DistributedDataParallel"
+    ) as seen:
+        loss_func(trained(images(8)), labels(8)).backward()
+    assert seen[0].filename == __file__
+    return {}
+
+
+def test_heads_that_are_trained_apart_are_told():
+    on_ranks(unwrapped_rank, 2)
+
+
+def test_a_fingerprint_tells_a_bit_and_no_order_of_summation():
+    kinds = [torch.float32, torch.bfloat16, torch.float64, torch.int8]
+    parts = [(100 * torch.randn(33, 7)).to(kind) for kind in kinds]
+    known = distributed.fingerprint(parts)
+    assert known == distributed.fingerprint([p.clone() for p in parts])
+    for place, p in enumerate(parts):
+        others = [q.clone() for q in parts]
+        others[place][20, 3] = p[20, 3] + p[20, 3].abs() / 100 + 1
+        assert distributed.fingerprint(others) != known
+    assert distributed.fingerprint(parts[::-1]) != known
+    assert distributed.fingerprint([]) == 0
 
 
 def refuse_rank(rank):
