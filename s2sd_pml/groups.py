@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
-from .errors import OptimizerError
+from .errors import ArgumentError, OptimizerError
+from .ranges import is_weight
 
 
 def split(
     loss: nn.Module, heads: list[nn.Parameter], lr: float, weight_decay: float, loss_lr: float
 ) -> list[dict[str, Any]]:
     """One group for the heads, one for every other parameter of the loss; empty ones left out."""
+    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("loss_lr", loss_lr)):
+        if not is_weight(float(value) if isinstance(value, Tensor) else value):
+            raise ArgumentError(f"{name}={value!r} must be a finite number of at least 0.")
     ids = {id(p) for p in heads}
     others = [p for p in loss.parameters() if id(p) not in ids]
     both = [
@@ -22,10 +26,8 @@ def split(
     return [group for group in both if group["params"]]
 
 
-def add(
-    optimizer: optim.Optimizer, new_groups: list[dict[str, Any]], options: dict[str, Any]
-) -> None:
-    """Add groups to an optimizer, without the parameters that it holds already."""
+def check(optimizer: optim.Optimizer, options: dict[str, Any]) -> None:
+    """Refuse what can take no new groups, and options that it would not heed."""
     if not isinstance(optimizer, optim.Optimizer):
         raise OptimizerError(f"add_to needs a torch optimizer, not {type(optimizer).__name__}.")
     if any("initial_lr" in group for group in optimizer.param_groups):
@@ -35,6 +37,41 @@ def add(
             "Call loss_func.add_to(optimizer) before you build the scheduler, and before you load "
             "a state that had one."
         )
+    known = {"name", *optimizer.defaults, *(k for g in optimizer.param_groups for k in g)}
+    known -= {"params", "lr", "weight_decay"}
+    if unknown := sorted(set(options) - known):
+        raise OptimizerError(
+            f"{type(optimizer).__name__} has no option {', '.join(unknown)}. There are lr, "
+            f"weight_decay and loss_lr, and of its own {', '.join(sorted(known))}."
+        )
+
+
+def rate(optimizer: optim.Optimizer) -> Any:
+    """The learning rate that the groups have, or else the optimizer's own if one of them has it."""
+    rates = {float(g["lr"]): g["lr"] for g in optimizer.param_groups if "lr" in g}
+    own = optimizer.defaults.get("lr")
+    if not rates or (own is not None and float(own) in rates):
+        return own
+    if len(rates) > 1:
+        raise OptimizerError(
+            f"The groups of this {type(optimizer).__name__} have learning rates {sorted(rates)}, "
+            f"and none of them its own lr={own}. Say which one the heads get: add_to(..., lr=...)."
+        )
+    return next(iter(rates.values()))
+
+
+def rate_of(optimizer: optim.Optimizer, loss: nn.Module) -> Any:
+    """The learning rate of a group that holds parameters of the loss; None if there is none."""
+    own = {id(p) for p in loss.parameters()}
+    return next(
+        (g.get("lr") for g in optimizer.param_groups if own & {id(p) for p in g["params"]}), None
+    )
+
+
+def add(
+    optimizer: optim.Optimizer, new_groups: list[dict[str, Any]], options: dict[str, Any]
+) -> None:
+    """Add groups to an optimizer, without the parameters that it holds already."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for group in new_groups:
         params = [p for p in group["params"] if id(p) not in held]

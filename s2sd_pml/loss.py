@@ -261,7 +261,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         joined = gather.joined(self._project(φ) if early is None else early)
         projected = {name: full_precision(z) for name, z in joined.items()}
         projected_ref = projected
-        if ref_emb is not embeddings:
+        if self.head_dims and ref_emb is not embeddings:
             projected_ref = self._project(self._features(ref_features, ref_emb, "ref_features"))
         branch_losses = [
             branch.metric_loss(
@@ -339,16 +339,22 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         """Add the groups of ``param_groups`` to an optimizer, and return the loss.
 
         Args:
-            optimizer: built over the model; its learning rate is the default for ``lr``.
+            optimizer: built over the model. The learning rate of its groups is the default for
+                ``lr``; where they differ, its own default, if a group is trained at that. The rate
+                of the group that holds the base loss's parameters is the default for ``loss_lr``.
             **group: lr, weight_decay, loss_lr, and further options of the optimizer's groups.
 
         Raises:
-            OptimizerError: if a scheduler holds the optimizer's groups already.
+            OptimizerError: if a scheduler holds the optimizer's groups already, if they leave open
+                which learning rate to take, or for an option that the optimizer does not have.
 
         Parameters that the optimizer holds already are left where they are.
         """
         own = {k: group.pop(k) for k in ("lr", "weight_decay", "loss_lr") if k in group}
-        own.setdefault("lr", getattr(optimizer, "defaults", {}).get("lr"))
+        groups.check(optimizer, group)
+        if "lr" not in own:
+            own["lr"] = groups.rate(optimizer)
+        own.setdefault("loss_lr", groups.rate_of(optimizer, self.loss))
         groups.add(optimizer, self.param_groups(**own), group)
         return self
 

@@ -284,6 +284,58 @@ def test_add_to_uses_the_optimizers_rate_and_skips_what_it_holds():
     assert len(optimizer.param_groups) == 3
 
 
+@pytest.mark.parametrize(
+    ("rates", "own", "expected"),
+    [
+        ((1e-5,), 1e-3, 1e-5),  # what the group has counts, not what it did not take
+        ((1e-5, 1e-5), 1e-3, 1e-5),
+        ((1e-5, 1e-4), 1e-4, 1e-4),
+        ((1e-5, 1e-4), 1e-3, None),
+    ],
+)
+def test_the_heads_rate_is_one_that_the_model_is_trained_at(rates, own, expected):
+    model, loss_func = make()
+    parts = list(model.parameters())
+    groups = [{"params": parts[k :: len(rates)], "lr": lr} for k, lr in enumerate(rates)]
+    optimizer = torch.optim.Adam(groups, lr=own)
+    if expected is None:
+        with pytest.raises(OptimizerError, match=r"\[1e-05, 0.0001\].*own lr=0.001"):
+            loss_func.add_to(optimizer)
+        assert len(optimizer.param_groups) == len(rates)
+        loss_func.add_to(optimizer, lr=1.0)
+        expected = 1.0
+    else:
+        loss_func.add_to(optimizer)
+    assert optimizer.param_groups[-1]["lr"] == expected
+
+
+def test_the_branches_proxies_train_at_the_rate_of_those_of_the_base_loss():
+    model, loss_func = make("proxy_anchor")
+    groups = [{"params": model.parameters()}, {"params": loss_func.loss.parameters(), "lr": 1.0}]
+    optimizer = torch.optim.Adam(groups, lr=1e-3)
+    loss_func.add_to(optimizer)
+    assert [g["lr"] for g in optimizer.param_groups] == [1e-3, 1.0, 1e-3, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"lr_loss": 0.1}, OptimizerError, "no option lr_loss.* loss_lr.*betas"),
+        ({"momentum": 0.9, "wd": 1}, OptimizerError, "Adam has no option momentum, wd"),
+        ({"lr": -1.0}, ArgumentError, "lr=-1.0"),
+        ({"loss_lr": float("nan")}, ArgumentError, "loss_lr=nan"),
+        ({"weight_decay": -0.5}, ArgumentError, "weight_decay=-0.5"),
+    ],
+)
+def test_add_to_refuses_what_the_optimizer_would_not_heed(options, error, words):
+    model, loss_func = make()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    with pytest.raises(error, match=words):
+        loss_func.add_to(optimizer, **options)
+    assert len(optimizer.param_groups) == 1
+    loss_func.add_to(optimizer, name="heads")  # as loggers of learning rates read it
+
+
 def test_add_to_wants_an_optimizer():
     with pytest.raises(OptimizerError, match="not list"):
         make()[1].add_to([1])
