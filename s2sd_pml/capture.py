@@ -7,6 +7,7 @@ back from the embeddings to the note.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Iterator
@@ -79,23 +80,26 @@ class FeatureCapture:
         """The module, while it lives."""
         return self._module()
 
-    def features_of(self, embeddings: Tensor) -> Tensor:
+    def features_of(self, embeddings: Tensor, name: str = "features") -> Tensor:
         """The features that made these embeddings, row for row, still attached to the graph.
 
         The embeddings may be what the module returned, or made from it: normalised, cast, sliced,
-        indexed, or the concatenation of several forwards.
+        indexed, or the concatenation of several forwards. An error asks for ``name`` instead.
 
         Raises:
             MissingFeaturesError: if no capture leads to the embeddings, if several that differ do,
                 if rows were reordered in a way that cannot be followed, or if the features were
                 changed in place since.
         """
-        mend = "Pass features=... to the loss."
+        mend = f"Pass {name}=... to the loss."
         if embeddings.grad_fn is None:
+            whose, hint = "The embeddings", "For evaluation call loss_func.eval() first. "
+            if name == "ref_features":
+                whose, hint = "The reference embeddings, ref_emb,", ""
             raise MissingFeaturesError(
-                f"The embeddings of shape {tuple(embeddings.shape)} carry no autograd graph "
+                f"{whose} of shape {tuple(embeddings.shape)} carry no autograd graph "
                 "(no_grad, detach() or a frozen model), so their features cannot be looked up. "
-                f"For evaluation call loss_func.eval() first. {mend}"
+                f"{hint}{mend}"
             )
         try:
             features = follow_rows(embeddings, self._noted, MAX_NODES)
@@ -121,6 +125,22 @@ class FeatureCapture:
         """Take the hook off the module."""
         self._finalizer()
 
+    @staticmethod
+    def remove_from(model: nn.Module) -> nn.Module:
+        """Take every such hook off a model, or off a copy of one, and return it.
+
+        The hooks of a copy (an EMA model) do nothing, but ``torch.jit.script`` knows no hooks, and
+        ``torch.export`` and ``fullgraph=True`` none that break the graph. A loss that was built on
+        the model has lost its capture then, as after ``remove``.
+        """
+        for module in model.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [k for k, hook in hooks.items() if isinstance(hook, _Watch)]:
+                    del hooks[key]
+                    module._forward_hooks_with_kwargs.pop(key, None)
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+        return model
+
     def __enter__(self) -> FeatureCapture:
         return self
 
@@ -145,11 +165,11 @@ class FeatureCapture:
             return None
         features, version = note
         if isinstance(features, str):
-            raise MissingFeaturesError(f"{features} Pass features=... to the loss.")
+            raise UnfollowableError(features)
         if features._version != version:
-            raise MissingFeaturesError(
+            raise UnfollowableError(
                 f"The features captured at {self._describe()} were changed in place after they "
-                "were used. Make that operation out-of-place, or pass features=... to the loss."
+                "were used: make that operation out-of-place. Or do without what was captured:"
             )
         return features  # type: ignore[no-any-return]
 
@@ -224,8 +244,12 @@ class _Watch:
         watches = capture is not None and capture.module is module and torch.is_grad_enabled()
         return capture if watches else None
 
+    def __deepcopy__(self, _: dict[int, Any]) -> _Watch:
+        return type(self)()
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
+        """In a pickled model it is a call without effect: loading it needs nothing of ours."""
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 class _PreHook(_Watch):

@@ -18,6 +18,10 @@ class UnfollowableError(Exception):
     """The rows were joined or reordered in a way that cannot be replayed."""
 
 
+COMPILED = (
+    " It was made by torch.compile: let the embedder come last in what is compiled, and normalise "
+    "outside of it."
+)
 # Row i of the result comes from row i of the input.
 KEEPS_ROWS = set(
     "Abs Add Addcdiv Addcmul Alias Bernoulli Celu Clamp ClampMax ClampMin Clone Contiguous "
@@ -104,6 +108,8 @@ class _Walk:
         if not present:
             return None
         kind = re.sub(r"Backward\d*$", "", node.name())
+        if kind == "BackwardHookFunction":  # torch's identity of several tensors at once
+            return sources[output]
         try:
             if kind == "Cat" and _acts_on_rows(node):
                 if any(s is None for s in sources):
@@ -167,7 +173,7 @@ def _made_of(
     if not same_size:
         raise UnfollowableError(
             f"It is not known whether {node.name()}, from shape {before} to {after}, keeps the "
-            "rows in order."
+            "rows in order." + (COMPILED if kind == "CompiledFunction" else "")
         )
     return source
 

@@ -3,6 +3,8 @@
 import copy
 import gc
 import io
+import subprocess
+import sys
 import weakref
 
 import hypothesis.strategies as st
@@ -485,6 +487,77 @@ def test_a_model_with_a_hook_can_be_saved_and_copied():
     for twin in (torch.load(file, weights_only=False), copy.deepcopy(net)):
         with pytest.raises(MissingFeaturesError):
             capture.features_of(twin(batch()))
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_saved_model_needs_nothing_of_ours(side, tmp_path):
+    model = nn.Sequential(nn.Linear(5, F_DIM), nn.Linear(F_DIM, 4))
+    capture = FeatureCapture(model[1] if side == "input" else model[0], side)
+    x = batch()
+    torch.save(model, tmp_path / "model.pt")
+    torch.save((x, model(x).detach()), tmp_path / "known.pt")
+    program = (
+        "import sys, torch; sys.modules['s2sd_pml'] = None\n"
+        "x, known = torch.load('known.pt')\n"
+        "model = torch.load('model.pt', weights_only=False)\n"
+        "torch.testing.assert_close(model(x), known)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    assert capture.module is not None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_hooks_are_taken_off_a_model_and_its_copies(side):
+    net = nn.Sequential(nn.Linear(5, F_DIM), nn.Linear(F_DIM, 4))
+    capture = FeatureCapture(net[1] if side == "input" else net[0], side)
+    calls = []
+    net[1].register_forward_hook(lambda *_: calls.append(1))
+    twin, x = copy.deepcopy(net), batch()
+    assert FeatureCapture.remove_from(twin) is twin
+    assert [len(m._forward_hooks) for m in twin] == [0, 1]
+    twin[1]._forward_hooks.clear()
+    assert torch.equal(torch.jit.script(twin)(x), net(x))
+    assert capture.features_of(net(x)).shape == (B, F_DIM)  # the original is captured as before
+    FeatureCapture.remove_from(net)
+    assert len(calls) == 2
+    with pytest.raises(MissingFeaturesError, match="No captured forward"):
+        capture.features_of(net(x))
+    assert len(calls) == 3  # hooks that are not ours stay
+    capture.remove()
+
+
+@pytest.mark.parametrize("where", ["trunk", "embedder", "both", "the model"])
+def test_backward_hooks_of_gradient_monitors(net_and_capture, where):
+    net, capture = net_and_capture
+    watched = {"trunk": [net.trunk], "embedder": [net.embedder], "the model": [net]}
+    norms = []
+    for module in watched.get(where, [net.trunk, net.embedder]):
+        module.register_full_backward_hook(lambda m, i, o: norms.append(o[0].norm()))
+    embeddings = net(batch())[PERMUTATION]
+    assert torch.equal(capture.features_of(embeddings), net.features[PERMUTATION])
+    embeddings.sum().backward()
+    assert norms
+
+
+def test_a_backward_hook_around_several_outputs_does_not_mix_them():
+    class Towers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedder, self.other = nn.Linear(F_DIM, 4), nn.Linear(F_DIM, 4)
+
+        def forward(self, one, count, two):
+            return self.other(one), self.embedder(one), count + 1, self.embedder(two)
+
+    towers = Towers()
+    towers.register_full_backward_hook(lambda *_: None)
+    capture = FeatureCapture(towers.embedder)
+    one, two = torch.randn(2, B, F_DIM, requires_grad=True)
+    unknown, first, _, second = towers(one, torch.ones(1), two)
+    assert torch.equal(capture.features_of(first), one)
+    assert torch.equal(capture.features_of(second), two)
+    with pytest.raises(MissingFeaturesError, match="No captured forward"):
+        capture.features_of(unknown)
 
 
 def test_anomaly_mode_and_a_used_graph():

@@ -154,6 +154,22 @@ def test_rows_are_not_guessed_through_a_compiled_function():
         loss_func(embeddings, labels())
 
 
+def test_what_is_compiled_ends_with_the_embedder():
+    torch._dynamo.reset()
+    plain, compiled, x = make(), make(), images()
+    normalize = torch.nn.functional.normalize
+    plain[1](normalize(plain[0](x)), labels()).backward()
+    model, loss_func = compiled
+
+    def inside(images):
+        return normalize(model(images))
+
+    with pytest.raises(MissingFeaturesError, match="torch.compile: let the embedder come last"):
+        loss_func(torch.compile(inside, backend="aot_eager")(x), labels())
+    loss_func(normalize(torch.compile(model, backend="aot_eager")(x)), labels()).backward()
+    assert_same_gradients(plain, compiled, rtol=1e-4, atol=1e-5)
+
+
 def test_a_compiled_model_without_graph_break_with_explicit_features():
     torch._dynamo.reset()
     plain, compiled, x = make(), make(embedder=None, feature_dim=F_DIM), images()
