@@ -68,6 +68,8 @@ def metric_loss(
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         same = ref_emb is embeddings
+        named = {"ref_emb": ref_emb, "ref_labels": ref_labels, "indices_tuple": indices_tuple}
+        passed = [name for name, value in named.items() if value is not None]
         embeddings = full_precision(embeddings)
         given: dict[str, Any] = {}
         if ref_emb is not None:
@@ -87,7 +89,7 @@ def metric_loss(
         except Exception as error:
             if not checks.is_refusal(error, loss, embeddings, labels):
                 raise
-            raise checks.refused(loss, miner, embeddings, labels, given, error) from error
+            raise checks.refused(loss, miner, embeddings, labels, passed, error) from error
     if isinstance(value, dict):
         raise UnsupportedLossError(
             f"{type(loss).__name__} returned a dict with keys {sorted(value)}: its reducer does "

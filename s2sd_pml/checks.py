@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -76,7 +77,17 @@ def is_refusal(error: Exception, loss: Any, embeddings: Tensor, labels: Tensor |
     """Whether a loss refused its batch; a RuntimeError may be lack of memory, or the machine's."""
     odd = labels is not None and labels.dtype != torch.long
     odd |= embedding_size_of(loss) not in (None, embeddings.shape[1])
+    odd |= bool(_sized_buffers(loss)) or "Class values" in str(error)  # PML's, for labels
     return isinstance(error, REFUSALS) or (type(error) is RuntimeError and odd)
+
+
+def _sized_buffers(loss: Any) -> list[str]:
+    """Names of what a loss of one's own keeps beside parameters, perhaps of the embedding size."""
+    if type(loss).__module__.startswith("pytorch_metric_learning") or not isinstance(
+        loss, nn.Module
+    ):
+        return []
+    return [n for n, b in loss.named_buffers() if b.ndim and b.is_floating_point()]
 
 
 def refused(
@@ -84,7 +95,7 @@ def refused(
     miner: Any,
     embeddings: Tensor,
     labels: Tensor | None,
-    given: dict[str, Any],
+    given: Iterable[str],
     error: Exception,
 ) -> BatchError:
     """The error of a loss or its miner, with what it was called with."""
@@ -94,6 +105,11 @@ def refused(
     size = embedding_size_of(loss)
     if size not in (None, embeddings.shape[1]):
         mend = f"The loss is made for embeddings of size {size}. {mend}"
+    elif buffers := _sized_buffers(loss):
+        mend = (
+            f"If its buffers ({', '.join(buffers)}) are made for one embedding size, pass S2SDLoss "
+            f"a factory dim -> loss. {mend}"
+        )
     if labels is not None and labels.dtype != torch.long:
         mend = f"Try labels.long(). {mend}"
     return BatchError(
@@ -111,7 +127,7 @@ def captured(capture: FeatureCapture | None, embeddings: Tensor, name: str) -> T
             "is>. An unpickled loss has lost its capture: assign loss_func.capture = "
             "FeatureCapture(embedder)."
         )
-    return capture.features_of(embeddings)
+    return capture.features_of(embeddings, name)
 
 
 def same_rows(features: Any, embeddings: Tensor, name: str) -> None:

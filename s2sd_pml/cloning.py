@@ -121,8 +121,8 @@ def _redraw(loss: nn.Module, embedding_size: int, inner: list[nn.Module]) -> Non
             raise CloneError(
                 f"{type(loss).__name__} has a parameter {name!r} of shape "
                 f"{tuple(parameter.shape)} and nothing says how it depends on the embedding size. "
-                f"Pass S2SDLoss a factory instead of the loss: "
-                f"lambda dim: {type(loss).__name__}(..., embedding_size=dim)."
+                "Pass S2SDLoss a factory `dim -> loss` instead, that makes it and all its parts "
+                "for that size."
             )
     if spec is None:
         return

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import Model, images
 from pytorch_metric_learning import losses
 from torch import nn
 
@@ -104,6 +105,53 @@ def test_a_loss_that_returns_a_number_still_has_a_graph():
     z = X.clone().requires_grad_()
     S2SDLoss(Nothing(), feature_dim=12, head_dims=(8,))(z, Y, features=PHI).backward()
     assert z.grad is not None
+
+
+def test_a_momentum_encoders_references_need_their_features():
+    model = Model()
+    loss = losses.SelfSupervisedLoss(losses.NTXentLoss())
+    loss_func = S2SDLoss(loss, embedder=model.embedder, head_dims=(8,))
+    x = images(8)
+    with torch.no_grad():
+        references, phi = model(images(8)), model.trunk(images(8)).mean(dim=(2, 3))
+    with pytest.raises(MissingFeaturesError, match="ref_emb, of shape .*Pass ref_features=") as e:
+        loss_func(model(x), ref_emb=references)
+    assert "eval()" not in str(e.value)
+    loss_func(model(x), ref_emb=references, ref_features=phi).backward()
+    without_heads = S2SDLoss(loss, embedder=model.embedder, head_dims=(), feature_delay=0)
+    without_heads(model(x), ref_emb=references).backward()  # no head projects them
+    assert without_heads.components["feature_distill"] > 0
+
+
+def test_a_loss_of_ones_own_with_centres_for_one_size_is_told_the_mend():
+    class Centres(nn.Module):
+        def __init__(self, size=6):
+            super().__init__()
+            self.register_buffer("centres", torch.randn(4, size))
+
+        def forward(self, embeddings, labels):
+            return ((embeddings - self.centres[labels]) ** 2).mean()
+
+    with pytest.raises(BatchError, match=r"buffers \(centres\).*factory dim -> loss"):
+        S2SDLoss(Centres(), feature_dim=12, head_dims=(8,))(X, Y, features=PHI)
+    loss_func = S2SDLoss(lambda dim: Centres(dim), feature_dim=12, head_dims=(8,), embedding_size=6)
+    assert loss_func(X, Y, features=PHI).isfinite()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.ProxyAnchorLoss(2, 6),
+        losses.ArcFaceLoss(2, 6),
+        losses.MarginLoss(num_classes=2, learn_beta=True),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_labels_beyond_the_classes_are_refused_with_what_was_passed_only(loss):
+    loss_func = S2SDLoss(loss, feature_dim=12, head_dims=(8,))
+    with pytest.raises(BatchError, match=type(loss).__name__) as caught:
+        loss_func(X, Y, features=PHI)
+    assert "indices_tuple" not in str(caught.value)
 
 
 def test_a_head_of_the_wrong_width():
