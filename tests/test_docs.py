@@ -161,3 +161,10 @@ def test_the_differences_between_trunks_are_those_of_the_rows():
     for method in ("base", usual):
         assert told((along, method, 32), (two, method, 32)) in page
     assert f"{told((two, new, 32), (two, 'base, refit', 32))}." in page
+    gained = {
+        (number, s): rows[usual, 32, s] - rows["base", 32, s]
+        for number, rows in (("two", two), ("four", along))
+        for s in "01234"
+    }
+    assert f"{told((gained, 'two'), (gained, 'four'))} more than with four" in page
+    assert f"{told((along, usual, 32), (along, 'heads, no KL', 32))} more." in page
