@@ -21,6 +21,7 @@ from .rows import UnfollowableError, follow_rows
 
 _is_compiling = getattr(torch.compiler, "is_compiling", bool)  # from torch 2.2 on
 Side = Literal["input", "output"]
+KEY = "s2sd_pml "  # of our hooks among those of a module
 MAX_NODES = 4000  # a walk that long has left the embedder
 
 
@@ -72,6 +73,8 @@ class FeatureCapture:
                 f"{type(module).__name__} takes no forward hooks ({error}). "
                 "Pass features=... to the loss instead."
             ) from None
+        for handle in handles:
+            _rename(handle, module)
         self._finalizer = weakref.finalize(self, _remove, handles)
         self._finalizer.atexit = False
 
@@ -134,11 +137,9 @@ class FeatureCapture:
         the model has lost its capture then, as after ``remove``.
         """
         for module in model.modules():
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                for key in [k for k, hook in hooks.items() if isinstance(hook, _Watch)]:
+            for hooks in _hooks(module):
+                for key in [k for k in hooks if str(k).startswith(KEY)]:
                     del hooks[key]
-                    module._forward_hooks_with_kwargs.pop(key, None)
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
         return model
 
     def __enter__(self) -> FeatureCapture:
@@ -265,6 +266,22 @@ class _Hook(_Watch):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         capture = self.capture_of(module)
         return None if capture is None else _note[0](capture, args, kwargs, output)
+
+
+def _hooks(module: nn.Module) -> list[dict[Any, Any]]:
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    return [module.__dict__[n + kind] for n in names for kind in ("", "_with_kwargs")]
+
+
+def _rename(handle: Any, module: nn.Module) -> None:
+    """Give a hook a key that no other takes.
+
+    torch numbers hooks from 0 in every process: in a pickled model another would take ours over.
+    """
+    old, handle.id = handle.id, f"{KEY}{handle.id}"
+    for hooks in _hooks(module):
+        if old in hooks:
+            hooks[handle.id] = hooks.pop(old)
 
 
 def _remove(handles: list[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -69,6 +70,7 @@ def batch(embeddings: Any, labels: Any, indices_tuple: Any, ref_emb: Any, loss: 
             raise BatchError(f"ref_emb has shape {tuple(ref_emb.shape)}. Pass (references, size).")
 
 
+SIZES = re.compile("size|shape|dimension|broadcast")
 # What losses and miners raise for a batch that they do not take.
 REFUSALS = (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
 
@@ -77,7 +79,8 @@ def is_refusal(error: Exception, loss: Any, embeddings: Tensor, labels: Tensor |
     """Whether a loss refused its batch; a RuntimeError may be lack of memory, or the machine's."""
     odd = labels is not None and labels.dtype != torch.long
     odd |= embedding_size_of(loss) not in (None, embeddings.shape[1])
-    odd |= bool(_sized_buffers(loss)) or "Class values" in str(error)  # PML's, for labels
+    odd |= bool(_sized_buffers(loss) and SIZES.search(str(error)))
+    odd |= "Class values" in str(error)  # PML's, for labels
     return isinstance(error, REFUSALS) or (type(error) is RuntimeError and odd)
 
 

@@ -83,9 +83,9 @@ class Gather:
                 )
         if len({t[-1] for t in told}) > 1:
             warnings.warn(
-                f"At step {step} the parameters of heads and losses differ between the "
-                f"{self.world_size} ranks, so the heads' embeddings of the global batch are not of "
-                "one space. Mend: DistributedDataParallel(loss_func), as with the model.",
+                f"The parameters of heads and losses differ between the {self.world_size} ranks, "
+                "so the heads' embeddings of the global batch are not of one space. Mend: wrap "
+                "the loss as the model is, DistributedDataParallel(loss_func).",
                 DistributedWarning,
                 stacklevel=outside(),
             )
@@ -96,13 +96,14 @@ class Gather:
         # This rank's weight in a mean over ranks: 1 if all hold as many rows.
         self.share = self.sizes[rank] * self.world_size / sum(self.sizes)
 
-    def compare(self, parameters: Iterable[Tensor], step: int) -> None:
-        """Within ``agreement``: let the ranks compare these, at every step of a few.
+    def compare(self, loss: nn.Module, step: int) -> None:
+        """Within ``agreement``: let the ranks compare the loss's parameters, at some steps.
 
         Heads that are built alike and trained apart differ from the first step of the optimizer on.
         """
-        if self.world_size > 1 and (step & (step - 1) == 0 or step % 256 == 0):
-            self._print = fingerprint(parameters)
+        due = self.world_size > 1 and (step & (step - 1) == 0 or step % 256 == 0)
+        if due and not any("FullySharded" in type(m).__name__ for m in loss.modules()):
+            self._print = fingerprint(loss.parameters())
 
     def __call__(self, x: T) -> T:
         """The rows of all ranks."""
@@ -148,7 +149,8 @@ def fingerprint(parameters: Iterable[Tensor]) -> int:
     total = torch.zeros((), dtype=torch.long)
     for p in parameters:
         if type(p) in (Tensor, nn.Parameter):  # DTensors differ by right
-            bits = p.detach().contiguous().view(BITS[p.element_size()])
+            p = torch.view_as_real(p.detach()) if p.is_complex() else p.detach()
+            bits = p.contiguous().view(BITS[p.element_size()])
             total = total.to(p.device) * 31 + bits.sum()
     return int(total)
 

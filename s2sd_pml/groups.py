@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn, optim
@@ -15,6 +16,8 @@ def split(
 ) -> list[dict[str, Any]]:
     """One group for the heads, one for every other parameter of the loss; empty ones left out."""
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("loss_lr", loss_lr)):
+        if value is None and name != "weight_decay":  # an optimizer that chooses its own
+            continue
         if not is_weight(float(value) if isinstance(value, Tensor) else value):
             raise ArgumentError(f"{name}={value!r} must be a finite number of at least 0.")
     ids = {id(p) for p in heads}
@@ -27,7 +30,7 @@ def split(
 
 
 def check(optimizer: optim.Optimizer, options: dict[str, Any]) -> None:
-    """Refuse what can take no new groups, and options that it would not heed."""
+    """Refuse what is no optimizer or has a scheduler, and options that it would not heed."""
     if not isinstance(optimizer, optim.Optimizer):
         raise OptimizerError(f"add_to needs a torch optimizer, not {type(optimizer).__name__}.")
     if any("initial_lr" in group for group in optimizer.param_groups):
@@ -37,20 +40,31 @@ def check(optimizer: optim.Optimizer, options: dict[str, Any]) -> None:
             "Call loss_func.add_to(optimizer) before you build the scheduler, and before you load "
             "a state that had one."
         )
-    known = {"name", *optimizer.defaults, *(k for g in optimizer.param_groups for k in g)}
+    known = {"name", *_defaults(optimizer), *(k for g in optimizer.param_groups for k in g)}
     known -= {"params", "lr", "weight_decay"}
     if unknown := sorted(set(options) - known):
         raise OptimizerError(
             f"{type(optimizer).__name__} has no option {', '.join(unknown)}. There are lr, "
-            f"weight_decay and loss_lr, and of its own {', '.join(sorted(known))}."
+            f"weight_decay and loss_lr, and of its own {', '.join(sorted(known))}. With "
+            "others, for a scheduler say, add the groups of loss_func.param_groups(...) yourself."
         )
 
 
-def rate(optimizer: optim.Optimizer) -> Any:
-    """The learning rate that the groups have, or else the optimizer's own if one of them has it."""
-    rates = {float(g["lr"]): g["lr"] for g in optimizer.param_groups if "lr" in g}
-    own = optimizer.defaults.get("lr")
-    if not rates or (own is not None and float(own) in rates):
+def rate(optimizer: optim.Optimizer, loss: nn.Module) -> Any:
+    """The learning rate that the model's groups have, or else the optimizer's own if one has it.
+
+    Groups of the loss's own parameters, such as its proxies, do not count. Without any that is
+    known, or with nothing left to add, it is the optimizer's own, or None.
+    """
+    ours = {id(p) for p in loss.parameters()}
+    own = _known(_defaults(optimizer).get("lr"))
+    ids = [{id(p) for p in g["params"]} for g in optimizer.param_groups]
+    rates = {
+        float(g["lr"]): g["lr"]
+        for g, held in zip(optimizer.param_groups, ids, strict=True)
+        if held - ours and _known(g.get("lr")) is not None
+    }
+    if not rates or ours <= set().union(*ids) or (own is not None and float(own) in rates):
         return own
     if len(rates) > 1:
         raise OptimizerError(
@@ -58,6 +72,15 @@ def rate(optimizer: optim.Optimizer) -> Any:
             f"and none of them its own lr={own}. Say which one the heads get: add_to(..., lr=...)."
         )
     return next(iter(rates.values()))
+
+
+def _defaults(optimizer: optim.Optimizer) -> dict[str, Any]:
+    return getattr(optimizer, "defaults", {})  # wrappers around an optimizer may have none
+
+
+def _known(lr: Any) -> Any:
+    """None for what is no number: some optimizers choose their own, old ones mark what is due."""
+    return lr if isinstance(lr, (Real, Tensor)) else None
 
 
 def rate_of(optimizer: optim.Optimizer, loss: nn.Module) -> Any:

@@ -250,7 +250,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
             φ = self._features(features, embeddings, "features")
             # a head may refuse its batch too; alone, the base loss comes first
             early = self._project(φ) if gather.world_size > 1 else None
-            gather.compare(self.parameters(), step)
+            gather.compare(self, step)
         ψ, labels = gather(embeddings), gather(labels)
 
         # 1/2 [ L(ψ) + mean_i L(g_i(φ)) ]
@@ -339,8 +339,8 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         """Add the groups of ``param_groups`` to an optimizer, and return the loss.
 
         Args:
-            optimizer: built over the model. The learning rate of its groups is the default for
-                ``lr``; where they differ, its own default, if a group is trained at that. The rate
+            optimizer: built over the model. The learning rate of the model's groups is the default
+                for ``lr``; where they differ, its own, if one of them is trained at that. The rate
                 of the group that holds the base loss's parameters is the default for ``loss_lr``.
             **group: lr, weight_decay, loss_lr, and further options of the optimizer's groups.
 
@@ -353,7 +353,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         own = {k: group.pop(k) for k in ("lr", "weight_decay", "loss_lr") if k in group}
         groups.check(optimizer, group)
         if "lr" not in own:
-            own["lr"] = groups.rate(optimizer)
+            own["lr"] = groups.rate(optimizer, self)
         own.setdefault("loss_lr", groups.rate_of(optimizer, self.loss))
         groups.add(optimizer, self.param_groups(**own), group)
         return self

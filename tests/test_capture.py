@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import pickle
 import subprocess
 import sys
 import weakref
@@ -500,6 +501,9 @@ def test_a_saved_model_needs_nothing_of_ours(side, tmp_path):
         "import sys, torch; sys.modules['s2sd_pml'] = None\n"
         "x, known = torch.load('known.pt')\n"
         "model = torch.load('model.pt', weights_only=False)\n"
+        "model[0].register_forward_hook(lambda module, args, output: None)\n"
+        "model[1].register_forward_hook(lambda module, args, output: None)\n"
+        "model[1].register_forward_pre_hook(lambda module, args: None)\n"
         "torch.testing.assert_close(model(x), known)\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
@@ -514,6 +518,10 @@ def test_hooks_are_taken_off_a_model_and_its_copies(side):
     calls = []
     net[1].register_forward_hook(lambda *_: calls.append(1))
     twin, x = copy.deepcopy(net), batch()
+    twin[1]._forward_hooks.popitem()  # the lambda, which pickle does not take
+    loaded = FeatureCapture.remove_from(pickle.loads(pickle.dumps(twin)))
+    assert torch.equal(torch.jit.script(loaded)(x), net(x))
+    twin, calls[:] = copy.deepcopy(net), []
     assert FeatureCapture.remove_from(twin) is twin
     assert [len(m._forward_hooks) for m in twin] == [0, 1]
     twin[1]._forward_hooks.clear()

@@ -132,6 +132,12 @@ def test_a_loss_of_ones_own_with_centres_for_one_size_is_told_the_mend():
         def forward(self, embeddings, labels):
             return ((embeddings - self.centres[labels]) ** 2).mean()
 
+    class Greedy(Centres):
+        def forward(self, embeddings, labels):
+            return torch.empty(10**15)
+
+    with pytest.raises(RuntimeError, match="memory"):  # that is no matter of the batch
+        S2SDLoss(Greedy(), feature_dim=12, head_dims=(8,))(X, Y, features=PHI)
     with pytest.raises(BatchError, match=r"buffers \(centres\).*factory dim -> loss"):
         S2SDLoss(Centres(), feature_dim=12, head_dims=(8,))(X, Y, features=PHI)
     loss_func = S2SDLoss(lambda dim: Centres(dim), feature_dim=12, head_dims=(8,), embedding_size=6)

@@ -309,6 +309,48 @@ def test_the_heads_rate_is_one_that_the_model_is_trained_at(rates, own, expected
     assert optimizer.param_groups[-1]["lr"] == expected
 
 
+def test_add_to_asks_for_no_rate_that_it_does_not_need():
+    model, loss_func = make("proxy_anchor")
+    groups = [{"params": model.parameters(), "lr": 1e-5}, {"params": loss_func.loss.parameters()}]
+    optimizer = torch.optim.Adam(groups, lr=1e-2)
+    loss_func.add_to(optimizer)  # the proxies' rate is not that of a model
+    assert [g["lr"] for g in optimizer.param_groups] == [1e-5, 1e-2, 1e-5, 1e-2]
+    optimizer.param_groups[0]["lr"] = 0.5
+    loss_func.add_to(optimizer)  # once more, as in a notebook
+    assert len(optimizer.param_groups) == 4
+    model, baseline = make(head_dims=(), feature_weight=0)
+    parts = list(model.parameters())
+    several = torch.optim.SGD([{"params": [p], "lr": k + 1} for k, p in enumerate(parts)], lr=0.5)
+    baseline.add_to(several)
+    assert len(several.param_groups) == len(parts)
+
+
+def test_add_to_an_optimizer_that_chooses_its_own_rate():
+    class Own(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {"lr": None, "scale": True})
+
+    model, loss_func = make()
+    optimizer = Own(model.parameters())
+    loss_func.add_to(optimizer, scale=False)
+    assert [g["lr"] for g in optimizer.param_groups] == [None, None]
+    assert not optimizer.param_groups[1]["scale"]
+
+
+def test_add_to_an_optimizer_around_another_that_has_no_defaults():
+    class Around(torch.optim.Optimizer):
+        def __init__(self, inner):
+            self.inner, self.param_groups = inner, inner.param_groups
+
+        def add_param_group(self, group):
+            self.inner.add_param_group(group)
+
+    model, loss_func = make()
+    optimizer = Around(torch.optim.SGD(model.parameters(), lr=0.2))
+    loss_func.add_to(optimizer, momentum=0.9)
+    assert [(g["lr"], g["momentum"]) for g in optimizer.param_groups] == [(0.2, 0), (0.2, 0.9)]
+
+
 def test_the_branches_proxies_train_at_the_rate_of_those_of_the_base_loss():
     model, loss_func = make("proxy_anchor")
     groups = [{"params": model.parameters()}, {"params": loss_func.loss.parameters(), "lr": 1.0}]
