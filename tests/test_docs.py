@@ -119,23 +119,24 @@ def test_the_version_is_in_the_changelog():
     assert f"## [{s2sd_pml.__version__}]" in changelog
 
 
+def recalls(name):
+    """Recall@1 in per cent by method, size and seed."""
+    with open(ROOT / "docs" / "results" / f"{name}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {(r["method"], int(r["size"]), r["seed"]): 100 * float(r["Recall@1"]) for r in rows}
+
+
+def told(one, other, sign=""):
+    """Mean and interval of the difference at the same five seeds, as the page writes it."""
+    (rows, *key), (others, *of) = one, other
+    seeds = "01234"
+    mean, half = compare.interval(rows[(*key, s)] - others[(*of, s)] for s in seeds)
+    return f"{mean:{sign}.1f} ± {half:.1f}"
+
+
 def test_the_differences_between_trunks_are_those_of_the_rows():
     page = (ROOT / "docs" / "does-it-help.md").read_text(encoding="utf-8")
-
-    def recalls(name):
-        with open(ROOT / "docs" / "results" / f"{name}.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return {(r["method"], int(r["size"]), r["seed"]): 100 * float(r["Recall@1"]) for r in rows}
-
     along, heads, base = map(recalls, ("emoji", "ceiling-emoji", "ceiling-emoji-base"))
-
-    def told(one, other, sign=""):
-        (rows, *key), (others, *of) = one, other
-        seeds = sorted({seed for *_, seed in rows})
-        mean, half = compare.interval(rows[(*key, s)] - others[(*of, s)] for s in seeds)
-        assert len(seeds) == 5
-        return f"{mean:{sign}.1f} ± {half:.1f}"
-
     page = page.replace("\n  ", " ")
     usual, new = "MSDF, small-data", "MSDF, small-data, refit"
     for size in (16, 32, 64, 128):
@@ -168,3 +169,21 @@ def test_the_differences_between_trunks_are_those_of_the_rows():
     }
     assert f"{told((gained, 'two'), (gained, 'four'))} more than with four" in page
     assert f"{told((along, usual, 32), (along, 'heads, no KL', 32))} more." in page
+
+
+def test_the_differences_between_methods_are_those_of_the_rows():
+    page = (ROOT / "docs" / "does-it-help.md").read_text(encoding="utf-8").replace("\n  ", " ")
+    emoji, icons, msdfa = map(recalls, ("emoji", "icons-400", "icons-400-msdfa"))
+    own, pca = "MSDFA, T = 0.1", "base 512 + PCA"
+    over_heads = [told((msdfa, own, s), (msdfa, "MSDFA heads, no KL", s)) for s in (16, 32, 64)]
+    over_pca = [told((msdfa, own, s), (icons, pca, s)) for s in (8, 16, 32, 64)]
+    over_nested = [
+        told((emoji, "MSDF, small-data", s), (emoji, "nested", s)) for s in (16, 32, 64, 128)
+    ]
+    for parts in (over_heads, over_pca, over_nested):
+        assert f"{', '.join(parts[:-1])} and {parts[-1]}" in page
+    assert f"{told((msdfa, own, 32), (msdfa, 'base', 64))} above the base loss at 64" in page
+    below = told((msdfa, "base", 32), (msdfa, own, 16))
+    assert f"at 16 {below} below that at 32" in page
+    stages = told((emoji, "MSDF, small-data", 32), (emoji, "two stages", 32))
+    assert f"the recipe is {stages} above them" in page
