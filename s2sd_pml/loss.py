@@ -188,7 +188,8 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
             name: "paper", the defaults: weights of 50 at T = 1, for some 8,000 steps at a learning
                 rate of 1e-5. Or "small-data", for some hundred steps at a higher one: weights of 10
                 at T = 0.1 without the diagonal, so that near neighbours teach, and smaller heads.
-                What it was chosen by, and what it gains, is measured in the documentation.
+                What it was chosen by, and what it gains, is measured in the documentation, beside
+                MultiSimilarityLoss; beside TripletMarginLoss add ``head=torch.nn.Linear``.
 
         Returns:
             ``head_dims``, ``weight``, ``temperature``, ``feature_weight``, ``feature_delay`` and
