@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -20,7 +21,7 @@ def split(
             continue
         if not is_weight(float(value) if isinstance(value, Tensor) else value):
             raise ArgumentError(f"{name}={value!r} must be a finite number of at least 0.")
-    ids = {id(p) for p in heads}
+    ids = _ids(heads)
     others = [p for p in loss.parameters() if id(p) not in ids]
     both = [
         {"params": heads, "lr": lr, "weight_decay": weight_decay},
@@ -56,15 +57,14 @@ def rate(optimizer: optim.Optimizer, loss: nn.Module) -> Any:
     Groups of the loss's own parameters, such as its proxies, do not count. Without any that is
     known, or with nothing left to add, it is the optimizer's own, or None.
     """
-    ours = {id(p) for p in loss.parameters()}
+    ours = _ids(loss.parameters())
     own = _known(_defaults(optimizer).get("lr"))
-    ids = [{id(p) for p in g["params"]} for g in optimizer.param_groups]
     rates = {
         float(g["lr"]): g["lr"]
-        for g, held in zip(optimizer.param_groups, ids, strict=True)
-        if held - ours and _known(g.get("lr")) is not None
+        for g in optimizer.param_groups
+        if _ids(g["params"]) - ours and _known(g.get("lr")) is not None
     }
-    if not rates or ours <= set().union(*ids) or (own is not None and float(own) in rates):
+    if not rates or ours <= _held(optimizer) or (own is not None and float(own) in rates):
         return own
     if len(rates) > 1:
         raise OptimizerError(
@@ -72,6 +72,14 @@ def rate(optimizer: optim.Optimizer, loss: nn.Module) -> Any:
             f"and none of them its own lr={own}. Say which one the heads get: add_to(..., lr=...)."
         )
     return next(iter(rates.values()))
+
+
+def _ids(parameters: Iterable[nn.Parameter]) -> set[int]:
+    return {id(p) for p in parameters}
+
+
+def _held(optimizer: optim.Optimizer) -> set[int]:
+    return _ids(p for group in optimizer.param_groups for p in group["params"])
 
 
 def _defaults(optimizer: optim.Optimizer) -> dict[str, Any]:
@@ -85,17 +93,15 @@ def _known(lr: Any) -> Any:
 
 def rate_of(optimizer: optim.Optimizer, loss: nn.Module) -> Any:
     """The learning rate of a group that holds parameters of the loss; None if there is none."""
-    own = {id(p) for p in loss.parameters()}
-    return next(
-        (g.get("lr") for g in optimizer.param_groups if own & {id(p) for p in g["params"]}), None
-    )
+    own = _ids(loss.parameters())
+    return next((g.get("lr") for g in optimizer.param_groups if own & _ids(g["params"])), None)
 
 
 def add(
     optimizer: optim.Optimizer, new_groups: list[dict[str, Any]], options: dict[str, Any]
 ) -> None:
     """Add groups to an optimizer, without the parameters that it holds already."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = _held(optimizer)
     for group in new_groups:
         params = [p for p in group["params"] if id(p) not in held]
         if params:
