@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .errors import DistributedError, DistributedWarning
 from .guard import outside
+from .uncompiled import uncompiled
 
 T = TypeVar("T", Tensor, Tensor | None)
 MUST_AGREE = (
@@ -180,6 +181,7 @@ class _AllGather(torch.autograd.Function):
         return every.chunk(len(grads))[dist.get_rank()], None
 
 
+@uncompiled
 def _gather_rows(x: Tensor, sizes: list[int]) -> Tensor:
     largest = max(sizes)
     if len(x) < largest:  # collectives want equal shapes

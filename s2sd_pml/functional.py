@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ArgumentError, BatchError
-from .kernel import RelationKL
+from .kernel import distil
 from .ranges import is_weight, positive, whole
 
 
@@ -77,7 +77,7 @@ def relation_kl(
     start, stop = rows or (0, len(student))
     student = full_precision(student)
     with torch.autocast(student.device.type, enabled=False):
-        total, per_teacher = RelationKL.apply(  # type: ignore[no-untyped-call]
+        total, per_teacher = distil(
             _unit_rows(student),
             tuple(float(w) for w in weights),
             temperature,

@@ -13,9 +13,16 @@ import torch
 from torch import Tensor
 
 from .errors import S2SDError
+from .uncompiled import uncompiled
 
 GRAM_BLOCK = 256  # rows of a symmetric product at a time
 CACHED = 2**17  # entries that the elementwise steps work on at a time: they stay in the cache
+
+
+@uncompiled
+def distil(*args: Any) -> tuple[Tensor, Tensor]:
+    """The total and the divergences of ``RelationKL``."""
+    return RelationKL.apply(*args)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class RelationKL(torch.autograd.Function):
@@ -89,7 +96,10 @@ class RelationKL(torch.autograd.Function):
             ctx.save_for_backward(grad.mul_(temperature / count))
         ctx.mark_non_differentiable(per_teacher)
         ctx.set_materialize_grads(False)
-        return torch.dot(per_teacher, per_teacher.new_tensor(weights)), per_teacher
+        total = student.new_zeros(())
+        for kl, weight in zip(per_teacher, weights, strict=True):
+            total.add_(kl, alpha=weight)  # a tensor of the weights would wait for the device
+        return total, per_teacher
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, _: None = None) -> tuple[Any, ...]:

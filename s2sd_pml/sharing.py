@@ -18,6 +18,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor, nn
 
 from .kernel import products
+from .uncompiled import uncompiled
 
 TRIPLET_LOSSES = (losses.MarginLoss, losses.TripletMarginLoss)
 
@@ -135,6 +136,7 @@ def _settings(distance: Any) -> tuple[Any, ...]:
     return (type(distance), *(getattr(distance, name, None) for name in names))
 
 
+@uncompiled
 def gram(x: Tensor) -> Tensor:
     """x @ x.T, whose two products in the backward pass are one."""
     return _Gram.apply(x)  # type: ignore[no-any-return,no-untyped-call]

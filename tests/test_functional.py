@@ -237,3 +237,16 @@ X = torch.randn(4, 3)
 def test_bad_input_is_named(function, student, teachers, kwargs, error, words):
     with pytest.raises(error, match=words):
         function(student, teachers, **{"weights": [1.0], **kwargs})
+
+
+@pytest.mark.skipif(torch.__version__ < "2.2", reason="an internal error of torch.compile")
+def test_compiled_it_has_the_same_gradient():
+    torch._dynamo.reset()
+    student, teacher = torch.randn(12, 4, requires_grad=True), torch.randn(12, 7)
+
+    def distil(student):
+        return relation_kl(2 * student, [teacher], weights=[3.0])[0]
+
+    want = torch.autograd.grad(distil(student), student)
+    found = torch.autograd.grad(torch.compile(distil, backend="eager")(student), student)
+    torch.testing.assert_close(found, want)

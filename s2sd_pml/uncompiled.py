@@ -1,0 +1,28 @@
+"""Keep torch.compile out of what some releases of it get wrong."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def uncompiled(function: F) -> F:
+    """The function, run as it is where torch.compile would trace it.
+
+    PyTorch 2.11 gives an autograd Function that writes to ``out=`` a gradient of zero, silently.
+    Marked at the first call, for ``torch.compiler`` takes a second to import.
+    """
+    marked: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if not marked:
+            marked.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+        return marked[0](*args)
+
+    return call  # type: ignore[return-value]
