@@ -1,0 +1,246 @@
+"""On a GPU the same as on the CPU: values, gradients, half precision, compilation, ranks."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+
+import pytest
+import torch
+from helpers import D, Model, images, labels
+from pytorch_metric_learning import losses, miners
+from test_distributed import on_ranks
+from torch.nn.parallel import DistributedDataParallel
+
+from s2sd_pml import S2SDLoss
+from s2sd_pml.functional import relation_kl, relation_kl_reference
+
+GPU = "cuda"
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: pytest -m cuda"),
+]
+
+CASES = {
+    "multi-similarity": lambda: (losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()),
+    "triplets": lambda: (losses.TripletMarginLoss(), None),
+    "mined triplets": lambda: (losses.TripletMarginLoss(), miners.TripletMarginMiner()),
+    "margin": lambda: (losses.MarginLoss(learn_beta=True, num_classes=6), None),
+    "softmax": lambda: (losses.NTXentLoss(), None),
+    "proxies": lambda: (losses.ProxyAnchorLoss(6, D), None),
+    "classes": lambda: (losses.ArcFaceLoss(6, D), None),
+    "memory": lambda: (losses.CrossBatchMemory(losses.ContrastiveLoss(), D, 64), None),
+}
+SETTINGS = {
+    "paper": {},
+    "small-data": {"temperature": 0.1, "exclude_self": True, "weight": 10.0},
+    "chunks": {"chunk_size": 7},
+    "maps": {"pooling": "avg+max"},
+}
+
+
+def make(device, case="multi-similarity", dtype=torch.float32, **kwargs):
+    torch.manual_seed(1)
+    model = Model().to(dtype)
+    loss, miner = CASES[case]()
+    where = {"trunk": model.trunk} if "pooling" in kwargs else {"embedder": model.embedder}
+    kwargs = {"head_dims": (8, 9), "feature_delay": 0, "feature_dim": 12, **where, **kwargs}
+    loss_func = S2SDLoss(loss, miner, **kwargs).to(dtype)
+    return model.to(device), loss_func.to(device)
+
+
+def one_step(device, x, autocast=None, **kwargs):
+    """The value, the components and the gradients of a step, on the CPU."""
+    model, loss_func = make(device, dtype=x.dtype, **kwargs)
+    with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
+        value = loss_func(model(x.to(device)), labels().to(device))
+    value.backward()
+    parameters = [*model.parameters(), *loss_func.parameters()]
+    found = [value, *loss_func.components.values(), *(p.grad for p in parameters)]
+    return [t.detach().cpu() for t in found]
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_is_that_of_the_cpu(case, settings):
+    x = images(dtype=torch.float64)
+    here, there = (one_step(device, x, case=case, **settings) for device in ("cpu", GPU))
+    torch.testing.assert_close(there, here, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 100])
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_distillation_is_its_plain_twin_in_double_precision(
+    tf32, temperature, exclude_self, chunk_size
+):
+    student, teachers = torch.randn(300, 32), [torch.randn(300, d) for d in (64, 512)]
+
+    def distil(function, device, dtype, **kwargs):
+        s = student.to(device, dtype).requires_grad_()
+        kwargs |= {"temperature": temperature, "exclude_self": exclude_self}
+        ts = [t.to(device, dtype) for t in teachers]
+        total, each = function(s, ts, weights=[50.0, 20.0], **kwargs)
+        total.backward()
+        return [t.detach().cpu().double() for t in (total, each, s.grad)]
+
+    want = distil(relation_kl_reference, "cpu", torch.float64)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        found = distil(relation_kl, GPU, torch.float32, chunk_size=chunk_size)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    error = [float((f - w).norm() / w.norm()) for f, w in zip(found, want, strict=True)]
+    assert max(error) < (2e-2 if tf32 else 1e-4), error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_autocast_changes_no_more_than_the_precision_of_the_model(settings, dtype):
+    whole = one_step("cpu", x := images(), **settings)
+    half = one_step(GPU, x, autocast=dtype, **settings)
+    torch.testing.assert_close(half[0], whole[0], rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_under_autocast_with_a_grad_scaler(dtype):
+    model, loss_func = make(GPU, weight=5.0, feature_weight=5.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loss_func.add_to(optimizer)
+    before = copy.deepcopy([model, loss_func])
+    kind = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # before torch 2.3
+    scaler = kind(enabled=dtype == torch.float16)
+    x, y, values = images().to(GPU), labels().to(GPU), []
+    for _ in range(40):
+        with torch.autocast(GPU, dtype=dtype):
+            value = loss_func(model(x), y)
+        scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        values.append(value.item())
+    assert sum(values[-5:]) < sum(values[:5])
+    moved = zip(before[1].parameters(), loss_func.parameters(), strict=True)
+    assert all(not torch.equal(p, q) for p, q in moved)
+
+
+def test_a_loss_that_was_left_on_the_cpu_follows_the_features():
+    model, loss_func = make("cpu")
+    model.to(GPU)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_func.add_to(optimizer)
+    before = [p.detach().clone() for p in loss_func.parameters()]
+    loss_func(model(images().to(GPU)), labels().to(GPU)).backward()
+    optimizer.step()
+    assert all(p.is_cuda for p in loss_func.parameters())
+    assert all(
+        not torch.equal(p.cpu(), q) for p, q in zip(loss_func.parameters(), before, strict=True)
+    )
+
+
+def test_labels_on_the_cpu_are_those_of_the_gpu():
+    model, loss_func = make(GPU)
+    x = images().to(GPU)
+    torch.testing.assert_close(loss_func(model(x), labels()), loss_func(model(x), labels().to(GPU)))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_model_trains_as_the_plain_one(mode):
+    """ "reduce-overhead" replays CUDA graphs, whose memory is written over in the next step."""
+    torch._dynamo.reset()
+    trained = []
+    for compiled in (False, True):
+        model, loss_func = make(GPU)
+        embed = torch.compile(model, mode=mode) if compiled else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        loss_func.add_to(optimizer)
+        torch.manual_seed(3)
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss_func(embed(images().to(GPU)), labels().to(GPU)).backward()
+            optimizer.step()
+        trained.append([p.detach() for m in (model, loss_func) for p in m.parameters()])
+    torch.testing.assert_close(trained[1], trained[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("devices", [(GPU, "cpu"), ("cpu", GPU)])
+def test_a_checkpoint_goes_on_on_another_device(devices):
+    first, second = devices
+    model, loss_func = make(first, feature_delay=1)
+    loss_func(model(images().to(first)), labels().to(first))
+    file = io.BytesIO()
+    torch.save([model.state_dict(), loss_func.state_dict()], file)
+    file.seek(0)
+    states = torch.load(file, map_location=second, weights_only=True)
+    other = make(second, feature_delay=1)
+    for part, state in zip(other, states, strict=True):
+        part.load_state_dict(state)
+    x = images()
+    values = [
+        loss_func(model(x.to(device)), labels().to(device)).cpu()
+        for (model, loss_func), device in (((model, loss_func), first), (other, second))
+    ]
+    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-4)
+    assert int(other[1].step) == 2
+
+
+def test_deterministic_algorithms_suffice(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        x = images()
+        assert all(
+            torch.equal(a, b) for a, b in zip(one_step(GPU, x), one_step(GPU, x), strict=True)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def rank_on_the_gpu(rank, *, x):
+    """What one of two ranks has after a step on its half of the batch."""
+    model, loss_func = make(GPU, gather_distributed=True)
+    wrapped = DistributedDataParallel(model), DistributedDataParallel(loss_func)
+    half = len(x) // 2
+    own = slice(rank * half, (rank + 1) * half)
+    value = wrapped[1](wrapped[0](x[own].to(GPU)), labels()[own].to(GPU))
+    value.backward()
+    found = [value, *(p.grad for m in (model, loss_func) for p in m.parameters())]
+    return {str(i): t.detach().cpu() for i, t in enumerate(found)}
+
+
+def test_two_ranks_on_one_gpu_are_one_process():
+    x = images()
+    model, loss_func = make(GPU)
+    value = loss_func(model(x.to(GPU)), labels().to(GPU))
+    value.backward()
+    want = [value, *(p.grad for m in (model, loss_func) for p in m.parameters())]
+    for found in on_ranks(functools.partial(rank_on_the_gpu, x=x), 2):
+        for i, t in enumerate(want):
+            close = torch.from_numpy(found[str(i)])
+            torch.testing.assert_close(close, t.detach().cpu(), rtol=1e-3, atol=1e-4)
+
+
+def test_one_nccl_rank_is_no_rank(tmp_path):
+    torch.distributed.init_process_group(
+        "nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        x = images()
+        torch.testing.assert_close(one_step(GPU, x, gather_distributed=True), one_step(GPU, x))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_kl_waits_for_nothing():
+    """No value is read back while the step is queued: the GPU never idles for the KL."""
+    student = torch.randn(64, 8, device=GPU, requires_grad=True)
+    teachers = [torch.randn(64, d, device=GPU) for d in (16, 32)]
+    relation_kl(student, teachers, weights=[1.0, 2.0])[0].backward()  # handles are made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        relation_kl(student, teachers, weights=[1.0, 2.0], exclude_self=True)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
