@@ -154,15 +154,17 @@ def grid(args: argparse.Namespace, rest: list[str]) -> list[Entry]:
     known = options.parse(options.parser(), rest)
     filled = {"twice": 2 * known.epochs, "kl": KL if known.refit else ""}
     methods = {name: METHODS[name] for name in args.methods}
-    if refitted := [name for name in methods if REFIT in name and not known.refit]:
-        raise SystemExit(f"{refitted[0]!r} needs --refit STEPS, such as --refit 500")
-    if others := [name for name in ("nested", "two stages") if name in methods and known.refit]:
-        raise SystemExit(f"{others[0]!r} has no embedder fitted anew: run it without --refit")
     for text in args.method:
         name, colon, flags = text.partition(":")
         if not colon:
             raise SystemExit(f"--method {text!r} is not of the form 'name: flags of train.py'")
-        methods[name.strip()] = Method(f"--s2sd-only {flags.strip()}")
+        row = f"S2SD, {REFIT}" if name.strip().endswith(f", {REFIT}") else "S2SD"
+        methods[name.strip()] = Method(f"--s2sd-only {flags.strip()}", row)
+    refitted = [name for name, method in methods.items() if REFIT in method.row]
+    if refitted and not known.refit:
+        raise SystemExit(f"{refitted[0]!r} needs --refit STEPS, such as --refit 500")
+    if others := [name for name in ("nested", "two stages") if name in methods and known.refit]:
+        raise SystemExit(f"{others[0]!r} has no embedder fitted anew: run it without --refit")
     common = [*rest, *(["--validation"] if args.validation else [])]
 
     def cell(flags: str, size: int | None, seed: int, teacher: Path | None = None) -> Cell:
@@ -324,7 +326,13 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     usual = [name for name in METHODS if REFIT not in name]
     add("--methods", nargs="*", choices=METHODS, default=usual, metavar="NAME")
-    add("--method", action="append", default=[], metavar="'NAME: FLAGS'", help="one of your own")
+    add(
+        "--method",
+        action="append",
+        default=[],
+        metavar="'NAME: FLAGS'",
+        help="one of your own; 'NAME, refit: FLAGS' for its embedder fitted anew",
+    )
     add("--validation", action="store_true", help="evaluate on held-out training classes")
     add("--workers", type=int, default=os.cpu_count() or 1, help="cells at a time")
     add("--output", type=Path, default=Path("runs/compare"))

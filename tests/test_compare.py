@@ -88,11 +88,14 @@ def test_embedders_fitted_anew_share_the_training_of_their_trunk(tmp_path):
         compare.main(flags)
     with pytest.raises(SystemExit, match="'nested' has no embedder fitted anew"):
         compare.main([*flags, "nested", "--refit", "5"])
-    compare.main([*flags, "--refit", "5"])
-    assert len(list((tmp_path / "cells").glob("*.json"))) == 3
+    own = "own, refit: --variant msd --dims 8"
+    with pytest.raises(SystemExit, match="'own, refit' needs --refit STEPS"):
+        compare.main([*flags[: -len(methods)], "base", "--method", own])
+    compare.main([*flags, "--refit", "5", "--method", own])
+    assert len(list((tmp_path / "cells").glob("*.json"))) == 4
     found = {r["method"]: r for r in rows(tmp_path)}
-    assert list(found) == methods
-    assert len({r["MAP@R"] for r in found.values()}) == len(methods)
+    assert list(found) == [*methods, "own, refit"]
+    assert len({r["MAP@R"] for r in found.values()}) == len(found)
     recipe = S2SDLoss.recipe("small-data")
     for name in methods[2:]:  # the KL is the recipe's, in force at the end or throughout
         assert float(found[name]["refit_weight"]) == recipe["weight"]
