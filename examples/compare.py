@@ -61,10 +61,11 @@ SOFTMAX = (
     f"--temperature {RECIPE['temperature']} {'--exclude-self' if RECIPE['exclude_self'] else ''}"
 )
 SMALL = (
-    f"--s2sd-only --variant msdf --dims {' '.join(map(str, RECIPE['head_dims']))} "
+    f"--s2sd-only --variant {{variant}} --dims {' '.join(map(str, RECIPE['head_dims']))} "
     f"--weight {RECIPE['weight']} --feature-weight {RECIPE['feature_weight']} "
-    f"--feature-delay {RECIPE['feature_delay']} {SOFTMAX}"
+    f"--feature-delay {RECIPE['feature_delay']} {SOFTMAX} --linear-heads"
 )
+MSDF, MSDFA = SMALL.format(variant="msdf"), SMALL.format(variant="msdfa")
 KL = f"--refit-weight {RECIPE['weight']} {SOFTMAX}"  # where heads teach the new embedder alone
 HEADS = "--s2sd-only --variant msd --weight 0 {kl}"
 BIG = f"--baseline-only --embedding-size {LARGE} --cut {CUTS}"
@@ -75,11 +76,13 @@ METHODS = {
     "MSD": Method("--s2sd-only --variant msd"),
     "MSDF": Method("--s2sd-only --variant msdf"),
     "MSDFA": Method("--s2sd-only --variant msdfa"),
-    "MSDF, small-data": Method(SMALL),
+    "MSDF, small-data": Method(MSDF),
+    "MSDFA, small-data": Method(MSDFA),
     "base, twice the steps": Method("--baseline-only --epochs {twice}", "base"),
     f"base, {REFIT}": Method("--baseline-only", f"base, {REFIT}"),
     f"heads, {REFIT}": Method(HEADS, f"S2SD, {REFIT}"),
-    f"MSDF, small-data, {REFIT}": Method(SMALL, f"S2SD, {REFIT}"),
+    f"MSDF, small-data, {REFIT}": Method(MSDF, f"S2SD, {REFIT}"),
+    f"MSDFA, small-data, {REFIT}": Method(MSDFA, f"S2SD, {REFIT}"),
     f"base {LARGE} + PCA": Method(BIG, "PCA {size}", sized=False),
     "nested": Method(
         f"--baseline-only --embedding-size 128 --nested 8 16 32 64 --cut {CUTS[:-4]}",

@@ -187,13 +187,13 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         Args:
             name: "paper", the defaults: weights of 50 at T = 1, for some 8,000 steps at a learning
                 rate of 1e-5. Or "small-data", for some hundred steps at a higher one: weights of 10
-                at T = 0.1 without the diagonal, so that near neighbours teach, and smaller heads.
-                What it was chosen by, and what it gains, is measured in the documentation, beside
-                MultiSimilarityLoss; beside TripletMarginLoss add ``head=torch.nn.Linear``.
+                at T = 0.1 without the diagonal, so that near neighbours teach, and smaller heads,
+                of one layer. What it was chosen by, and what it gains, is measured in the
+                documentation.
 
         Returns:
-            ``head_dims``, ``weight``, ``temperature``, ``feature_weight``, ``feature_delay`` and
-            ``exclude_self``.
+            ``head_dims``, ``head``, ``weight``, ``temperature``, ``feature_weight``,
+            ``feature_delay`` and ``exclude_self``.
 
         Raises:
             ArgumentError: for another name.

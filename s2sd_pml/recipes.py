@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from .errors import ArgumentError
+from .heads import ProjectionHead
 
 PAPER_HEAD_DIMS = (512, 1024, 1536, 2048)
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {
         "head_dims": PAPER_HEAD_DIMS,
+        "head": ProjectionHead,
         "weight": 50.0,
         "temperature": 1.0,
         "feature_weight": 50.0,
@@ -18,6 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "small-data": {
         "head_dims": (256, 512),
+        "head": nn.Linear,
         "weight": 10.0,
         "temperature": 0.1,
         "feature_weight": 10.0,

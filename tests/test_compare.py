@@ -8,6 +8,7 @@ import os
 import signal
 
 import pytest
+import torch
 from test_examples import SMALL
 
 from s2sd_pml import S2SDLoss
@@ -105,12 +106,15 @@ def test_embedders_fitted_anew_share_the_training_of_their_trunk(tmp_path):
     assert set(compare.METHODS) - set(usual) == {m for m in compare.METHODS if "refit" in m}
 
 
-def test_the_recipe_of_the_library_is_in_the_grid():
-    args = options.parse(options.parser(), compare.METHODS["MSDF, small-data"].flags.split())
+@pytest.mark.parametrize("variant", ["msdf", "msdfa"])
+def test_the_recipe_of_the_library_is_in_the_grid(variant):
+    flags = compare.METHODS[f"{variant.upper()}, small-data"].flags.split()
+    args = options.parse(options.parser(), flags)
     recipe = S2SDLoss.recipe("small-data")
     assert tuple(args.dims) == recipe.pop("head_dims")
+    assert (recipe.pop("head") is torch.nn.Linear) == args.linear_heads
     assert {name: getattr(args, name) for name in recipe} == recipe
-    assert args.variant == "msdf"
+    assert args.variant == variant
 
 
 def test_what_serves_all_sizes_is_trained_once_and_teachers_come_first(tmp_path):

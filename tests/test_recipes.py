@@ -22,6 +22,8 @@ def test_a_recipe_names_every_setting_of_distillation_and_trains(name):
     assert set(settings) == set(S2SDLoss.recipe("paper"))
     model = Model()
     loss_func = S2SDLoss(losses.NTXentLoss(), embedder=model.embedder, **settings)
+    kind = settings.pop("head")
+    assert all(type(branch.head) is kind for branch in loss_func.branches.values())
     for key, value in settings.items():
         assert getattr(loss_func, key) == value
     loss_func(model(images(12)), labels(12, 3)).backward()
