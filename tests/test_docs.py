@@ -119,6 +119,9 @@ def test_the_version_is_in_the_changelog():
     assert f"## [{s2sd_pml.__version__}]" in changelog
 
 
+PCA = "base 512 + PCA"
+
+
 def recalls(name):
     """Recall@1 in per cent by method, size and seed."""
     with open(ROOT / "docs" / "results" / f"{name}.csv", newline="") as file:
@@ -139,12 +142,13 @@ def test_the_differences_between_trunks_are_those_of_the_rows():
     along, heads, base = map(recalls, ("emoji", "ceiling-emoji", "ceiling-emoji-base"))
     page = page.replace("\n  ", " ")
     usual, new = "MSDF, small-data", "MSDF, small-data, refit"
+    two_layers, two_layers_new = "MSDF, two layers", "MSDF, two layers, refit"
     for size in (16, 32, 64, 128):
         fitted = (heads, "base + KL", size)
         assert f"{told(fitted, (base, 'base', size))} at {size}" in page
         assert f"{told(fitted, (along, 'base', size), '+')} at {size}" in page
         for method in (fitted, (along, usual, size), (along, new, size)):
-            assert told(method, (along, "base 512 + PCA", size)) in page
+            assert told(method, (along, PCA, size)) in page
         assert f"{told((along, new, size), (along, 'base', size))} at {size}" in page
     for one, other in [
         ((heads, "base + KL", 32), (along, "base", 128)),
@@ -155,15 +159,16 @@ def test_the_differences_between_trunks_are_those_of_the_rows():
         assert f"{told(one, other)} above" in page
     assert f"{told((along, new, 32), (base, 'base', 32))} at 32" in page
     assert f"{told((along, new, 64), (along, 'base, refit', 64))} at 64" in page
-    assert f"{told((along, new, 32), (heads, 'base + KL', 32))} better still at 32" in page
+    better = told((along, two_layers_new, 32), (heads, "base + KL", 32))
+    assert f"{better} better still at 32" in page
     assert f"{told((base, 'base', 32), (along, 'base', 32))} points at 32" in page
 
     two = recalls("emoji-two-per-class")
-    for method in ("base", usual):
+    for method in ("base", two_layers):
         assert told((along, method, 32), (two, method, 32)) in page
-    assert f"{told((two, new, 32), (two, 'base, refit', 32))}." in page
+    assert f"{told((two, two_layers_new, 32), (two, 'base, refit', 32))}." in page
     gained = {
-        (number, s): rows[usual, 32, s] - rows["base", 32, s]
+        (number, s): rows[two_layers, 32, s] - rows["base", 32, s]
         for number, rows in (("two", two), ("four", along))
         for s in "01234"
     }
@@ -173,17 +178,35 @@ def test_the_differences_between_trunks_are_those_of_the_rows():
 
 def test_the_differences_between_methods_are_those_of_the_rows():
     page = (ROOT / "docs" / "does-it-help.md").read_text(encoding="utf-8").replace("\n  ", " ")
-    emoji, icons, msdfa = map(recalls, ("emoji", "icons-400", "icons-400-msdfa"))
-    own, pca = "MSDFA, T = 0.1", "base 512 + PCA"
-    over_heads = [told((msdfa, own, s), (msdfa, "MSDFA heads, no KL", s)) for s in (16, 32, 64)]
-    over_pca = [told((msdfa, own, s), (icons, pca, s)) for s in (8, 16, 32, 64)]
-    over_nested = [
-        told((emoji, "MSDF, small-data", s), (emoji, "nested", s)) for s in (16, 32, 64, 128)
-    ]
-    for parts in (over_heads, over_pca, over_nested):
+    emoji, icons, msdfa, gpu = map(recalls, ("emoji", "icons-400", "icons-400-msdfa", "emoji-gpu"))
+    recipe, own, two = "MSDF, small-data", "MSDFA, small-data", "MSDF, two layers"
+    four, large, every = (8, 16, 32, 64), (16, 32, 64, 128), (8, 16, 32, 64, 128)
+    taught, untaught = "MSDFA, two layers", "MSDFA, two layers, no KL"
+    for parts in (
+        [told((msdfa, taught, s), (msdfa, untaught, s)) for s in (16, 32, 64)],
+        [told((icons, own, s), (icons, PCA, s)) for s in four],
+        [told((icons, recipe, s), (icons, PCA, s)) for s in four],
+        [told((icons, own, s), (icons, "base", 2 * s), "+") for s in four],
+        [told((icons, recipe, s), (icons, two, s), "+") for s in every],
+        [told((emoji, recipe, s), (emoji, two, s), "+") for s in large],
+        [told((emoji, recipe, s), (emoji, "nested", s)) for s in large],
+    ):
         assert f"{', '.join(parts[:-1])} and {parts[-1]}" in page
-    assert f"{told((msdfa, own, 32), (msdfa, 'base', 64))} above the base loss at 64" in page
-    below = told((msdfa, "base", 32), (msdfa, own, 16))
-    assert f"at 16 {below} below that at 32" in page
-    stages = told((emoji, "MSDF, small-data", 32), (emoji, "two stages", 32))
+    stages = told((emoji, recipe, 32), (emoji, "two stages", 32))
     assert f"the recipe is {stages} above them" in page
+    adds = [told((gpu, f"{recipe}, refit", s), (gpu, "base, refit", s)) for s in (16, 32)]
+    assert f"S2SD adds {adds[0]} at 16 and {adds[1]} at 32 to it" in page
+
+
+def test_the_gains_that_the_readme_tells_are_those_of_the_rows():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("**", "")
+    emoji, icons = recalls("emoji"), recalls("icons-400")
+    for rows, method in [
+        (emoji, "MSDF, small-data"),
+        (emoji, "MSDF, small-data, refit"),
+        (icons, "MSDF, small-data"),
+        (icons, "MSDFA, small-data"),
+    ]:
+        sizes = sorted({size for name, size, _ in rows if name == method})
+        cells = [told((rows, method, size), (rows, "base", size), "+") for size in sizes]
+        assert f"| {' | '.join(cells)} |" in readme
