@@ -20,9 +20,9 @@ def uncompiled(function: F) -> F:
     marked: list[Callable[..., Any]] = []
 
     @functools.wraps(function)
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         if not marked:
             marked.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
-        return marked[0](*args)
+        return marked[0](*args, **kwargs)
 
     return call  # type: ignore[return-value]

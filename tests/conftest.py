@@ -1,6 +1,7 @@
 """Fixtures of the whole suite: fixed seeds and few threads, on the CPU unless asked otherwise."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 
 def pytest_configure(config):
     """Hide GPUs, that every machine runs the same; ``pytest -m cuda`` is what tests them."""
-    if config.option.markexpr != "cuda":
+    if not re.search(r"(?<!not )\bcuda\b", config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -34,7 +34,7 @@ CASES = {
 }
 SETTINGS = {
     "paper": {},
-    "small-data": {"temperature": 0.1, "exclude_self": True, "weight": 10.0},
+    "small-data": {**S2SDLoss.recipe("small-data"), "head_dims": (8, 9), "feature_delay": 0},
     "chunks": {"chunk_size": 7},
     "maps": {"pooling": "avg+max"},
 }

@@ -250,3 +250,5 @@ def test_compiled_it_has_the_same_gradient():
     want = torch.autograd.grad(distil(student), student)
     found = torch.autograd.grad(torch.compile(distil, backend="eager")(student), student)
     torch.testing.assert_close(found, want)
+    torch._dynamo.reset()
+    assert torch._dynamo.explain(distil)(student).break_reasons  # only some releases need it

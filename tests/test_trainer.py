@@ -21,6 +21,7 @@ import config  # isort: skip
 import export  # isort: skip
 import image_sets  # isort: skip
 import images  # isort: skip
+import network  # isort: skip
 import optim  # isort: skip
 import options  # isort: skip
 import ranks  # isort: skip
@@ -145,6 +146,21 @@ def test_the_compiled_trunk_gives_the_same_numbers(tmp_path, monkeypatch):
 def test_what_was_trained_in_another_layout_is_exported_all_the_same(tmp_path):
     main(tmp_path, "--no-channels-last", "--export", tmp_path / "model.pt")
     assert export.load(tmp_path / "model.pt").embedding_size == 16
+
+
+def test_an_exported_file_that_holds_another_model_is_refused(tmp_path, monkeypatch):
+    model, load = network.Network(4).eval(), export.load
+
+    def another(path):
+        loaded = load(path)
+        with torch.no_grad():
+            loaded.embedder.bias += 1e-6
+        return loaded
+
+    export.write(model, tmp_path / "model.pt", torch.rand(8, 1, 32, 32))
+    monkeypatch.setattr(export, "load", another)
+    with pytest.raises(RuntimeError, match="loaded back, makes other embeddings"):
+        export.write(model, tmp_path / "model.pt", torch.rand(8, 1, 32, 32))
 
 
 def test_the_delay_of_features_counts_steps_whatever_is_accumulated(tmp_path):
