@@ -177,7 +177,8 @@ def test_the_differences_between_trunks_are_those_of_the_rows():
 
 
 def test_the_differences_between_methods_are_those_of_the_rows():
-    page = (ROOT / "docs" / "does-it-help.md").read_text(encoding="utf-8").replace("\n  ", " ")
+    page = (ROOT / "docs" / "does-it-help.md").read_text(encoding="utf-8")
+    page = page.replace("\n  ", " ")
     emoji, icons, msdfa, gpu = map(recalls, ("emoji", "icons-400", "icons-400-msdfa", "emoji-gpu"))
     recipe, own, two = "MSDF, small-data", "MSDFA, small-data", "MSDF, two layers"
     four, large, every = (8, 16, 32, 64), (16, 32, 64, 128), (8, 16, 32, 64, 128)
@@ -191,6 +192,10 @@ def test_the_differences_between_methods_are_those_of_the_rows():
         [told((emoji, recipe, s), (emoji, two, s), "+") for s in large],
         [told((emoji, recipe, s), (emoji, "nested", s)) for s in large],
     ):
+        assert f"{', '.join(parts[:-1])} and {parts[-1]}" in page
+    copies = recalls("ceiling-icons-400-msdfa")
+    for method in ("heads", "KL, tested images"):
+        parts = [told((copies, method, s), (copies, "base", s)) for s in (16, 32, 64)]
         assert f"{', '.join(parts[:-1])} and {parts[-1]}" in page
     stages = told((emoji, recipe, 32), (emoji, "two stages", 32))
     assert f"the recipe is {stages} above them" in page
