@@ -173,7 +173,8 @@ def test_the_differences_between_trunks_are_those_of_the_rows():
         for s in "01234"
     }
     assert f"{told((gained, 'two'), (gained, 'four'))} more than with four" in page
-    assert f"{told((along, usual, 32), (along, 'heads, no KL', 32))} more." in page
+    for heads, method in (("linear heads, no KL", usual), ("heads, no KL", two_layers)):
+        assert f"{told((along, method, 32), (along, heads, 32))} more" in page
 
 
 def test_the_differences_between_methods_are_those_of_the_rows():
