@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, MissingFeaturesError
 from .rows import UnfollowableError, follow_rows
+from .uncompiled import uncompiled
 
 _is_compiling = getattr(torch.compiler, "is_compiling", bool)  # from torch 2.2 on
 Side = Literal["input", "output"]
@@ -61,8 +62,6 @@ class FeatureCapture:
         self.side: Side = side
         self._module = weakref.ref(module)
         self._key = object()  # of this capture's notes, in the nodes' metadata
-        if not _note:
-            _note.append(torch.compiler.disable(FeatureCapture._note))  # type: ignore[no-untyped-call]
         self._before = threading.local()  # versions of the inputs of the forward under way
         try:
             handles = [module.register_forward_hook(_Hook(self), with_kwargs=True)]
@@ -179,6 +178,7 @@ class FeatureCapture:
         inputs = _features_among([*args, *kwargs.values()])
         self._before.versions = {id(t): t._version for t in inputs if not t.is_inference()}
 
+    @uncompiled  # so that it breaks the graph just once
     def _note(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Note the features on the nodes of the outputs; return a replacement output or None.
 
@@ -228,11 +228,6 @@ class FeatureCapture:
         return inputs[0]
 
 
-# FeatureCapture._note, hidden from torch.compile, so that it breaks the graph just once. The first
-# capture puts it here: hiding it loads the compiler, which an optimizer does anyway.
-_note: list[Any] = []
-
-
 class _Watch:
     """A hook that keeps neither the capture nor the module alive; its copies are idle."""
 
@@ -265,7 +260,7 @@ class _PreHook(_Watch):
 class _Hook(_Watch):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         capture = self.capture_of(module)
-        return None if capture is None else _note[0](capture, args, kwargs, output)
+        return None if capture is None else capture._note(args, kwargs, output)
 
 
 def _hooks(module: nn.Module) -> list[dict[Any, Any]]:
