@@ -197,6 +197,15 @@ def test_a_compiled_loss_gives_the_same(settings):
     value.backward()
     assert_same_gradients(plain, compiled)
 
+    def breaks(function):
+        torch._dynamo.reset()
+        return torch._dynamo.explain(function)(model(x), labels()).graph_break_count
+
+    loss, miner = losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()
+    of_pml = breaks(lambda e, y: loss(e, y, miner(e, y)))
+    kl, distance = 1, 1  # beside PML's own
+    assert 0 < breaks(loss_func) <= (of_pml + distance) * (1 + len(loss_func.head_dims)) + kl
+
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, CPU_FLOAT16])
 def test_autocast_changes_no_more_than_the_precision_of_the_model(dtype):
