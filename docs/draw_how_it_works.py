@@ -59,9 +59,9 @@ def trained_batch() -> tuple[Tensor, dict[str, Tensor]]:
         miners.MultiSimilarityMiner(),
         embedder=model.embedder,
         head_dims=HEADS,
-        weight=5.0,
-        feature_weight=5.0,
-        feature_delay=0,
+        distill_weight=5.0,
+        feature_distill_weight=5.0,
+        feature_distill_delay=0,
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     loss_func.add_to(optimizer)

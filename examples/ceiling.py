@@ -7,7 +7,7 @@ Trains a network with auxiliary heads that do not teach, freezes it, and fits a 
 every size to its features:
 
     base              by the base loss alone, on the training images
-    base + KL         with γ times the KL to the heads beside it: --weight, --temperature
+    base + KL         with γ times the KL to the heads beside it: --distill-weight, --temperature
     KL                by the KL alone
     KL, tested images by the KL alone, on the very images that are tested: no method, but an
                       estimate of what copying these teachers could give at best
@@ -66,8 +66,8 @@ def measure(args: argparse.Namespace, run: Run, split: Any, sizes: list[int]) ->
         for kind, (base, kl, part) in KINDS.items():
             if tested.teacher is None and kl:
                 continue
-            weight = args.weight if base else 1.0  # alone, Adam does not feel it
-            kinds = {"base": base, "weight": weight if kl else 0.0}
+            weight = args.distill_weight if base else 1.0  # alone, Adam does not feel it
+            kinds = {"base": base, "distill_weight": weight if kl else 0.0}
             embedder = fit(args, parts[part], size, steps=STEPS, **kinds)
             with torch.no_grad():
                 rows.append(row(kind, size, embedder(tested.features)))
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
             parser().error(f"--reach {args.reach}: the trunk is frozen here")
         if args.threads:
             torch.set_num_threads(args.threads)
-        others = {"weight": 0.0, "feature_weight": 0.0, "nmi": False}
+        others = {"distill_weight": 0.0, "feature_distill_weight": 0.0, "nmi": False}
         silent = argparse.Namespace(**{**vars(args), **others})
         split, held_out = train.prepare(silent)
         if split.gallery is not None:

@@ -62,12 +62,12 @@ SOFTMAX = (
 )
 SMALL = (
     f"--s2sd-only --variant {{variant}} --dims {' '.join(map(str, RECIPE['head_dims']))} "
-    f"--weight {RECIPE['weight']} --feature-weight {RECIPE['feature_weight']} "
-    f"--feature-delay {RECIPE['feature_delay']} {SOFTMAX} --linear-heads"
+    f"--distill-weight {RECIPE['distill_weight']} --feature-distill-weight {RECIPE['feature_distill_weight']} "
+    f"--feature-distill-delay {RECIPE['feature_distill_delay']} {SOFTMAX} --linear-heads"
 )
 MSDF, MSDFA = SMALL.format(variant="msdf"), SMALL.format(variant="msdfa")
-KL = f"--refit-weight {RECIPE['weight']} {SOFTMAX}"  # where heads teach the new embedder alone
-HEADS = "--s2sd-only --variant msd --weight 0 {kl}"
+KL = f"--refit-weight {RECIPE['distill_weight']} {SOFTMAX}"  # where heads teach the new embedder alone
+HEADS = "--s2sd-only --variant msd --distill-weight 0 {kl}"
 BIG = f"--baseline-only --embedding-size {LARGE} --cut {CUTS}"
 METHODS = {
     BASE: Method("--baseline-only", "base"),
@@ -90,7 +90,7 @@ METHODS = {
         sized=False,
         largest=128,
     ),
-    "two stages": Method("--s2sd-only --variant msdf --feature-delay 0", teacher=BIG),
+    "two stages": Method("--s2sd-only --variant msdf --feature-distill-delay 0", teacher=BIG),
 }
 METRIC = "Recall@1"
 STOPPED = 130  # the exit status after Ctrl-C

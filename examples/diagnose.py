@@ -1,6 +1,6 @@
 """What each term of S2SD does over training: its gradient on trunk and embedder, and agreement.
 
-    python examples/diagnose.py --weight 50 --feature-weight 50
+    python examples/diagnose.py --distill-weight 50 --feature-distill-weight 50
     python examples/diagnose.py --recipe emoji-lite0-msim --output runs/diagnose
 
 After every epoch, on one batch that stays the same: the norm of each weighted term's gradient with
@@ -57,11 +57,14 @@ def terms(loss_func: S2SDLoss, embeddings: Tensor, labels: Tensor, features: Ten
 
     The objective is linear in its weights, so a term is the difference of two values.
     """
-    step, before = loss_func.step.clone(), (loss_func.weight, loss_func.feature_weight)
-    delay, loss_func.feature_delay = loss_func.feature_delay, 0
+    step, before = (
+        loss_func.step.clone(),
+        (loss_func.distill_weight, loss_func.feature_distill_weight),
+    )
+    delay, loss_func.feature_distill_delay = loss_func.feature_distill_delay, 0
 
-    def value(weight: float, feature_weight: float) -> Tensor:
-        loss_func.weight, loss_func.feature_weight = weight, feature_weight
+    def value(weight: float, feature_distill_weight: float) -> Tensor:
+        loss_func.distill_weight, loss_func.feature_distill_weight = weight, feature_distill_weight
         result: Tensor = loss_func(embeddings, labels, features=features)
         loss_func.step.copy_(step)
         return result
@@ -75,8 +78,8 @@ def terms(loss_func: S2SDLoss, embeddings: Tensor, labels: Tensor, features: Ten
         "distill": value(before[0], 0) - without,
         "feature_distill": value(0, before[1]) - without,
     }
-    loss_func.weight, loss_func.feature_weight = before
-    loss_func.feature_delay = delay
+    loss_func.distill_weight, loss_func.feature_distill_weight = before
+    loss_func.feature_distill_delay = delay
     return found
 
 

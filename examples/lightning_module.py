@@ -31,8 +31,8 @@ class Retrieval(lightning.LightningModule):
             miners.MultiSimilarityMiner(0.1),
             embedder=self.model.embedder,  # S2SD
             head_dims=(256, 512),  # S2SD
-            weight=5,  # S2SD
-            feature_weight=0,  # S2SD
+            distill_weight=5,  # S2SD
+            feature_distill_weight=0,  # S2SD
         )
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from reach import PAPERS, WAYS
 
 DIMS = (256, 512)
 SIZES = {"icons400": 32, "emoji": 64}  # of images that have one
-FEATURE_WEIGHT = 10.0
+FEATURE_DISTILL_WEIGHT = 10.0
 EPILOG = """\
 The settings of the authors' sample run for CUB200-2011 with ResNet50 and 128 dimensions:
   python examples/train.py --recipe cub-r50-128-msim --root DIR
@@ -26,8 +26,8 @@ See what it would do first with --dry-run, and try it on fewer epochs: later fla
 recipes, files in examples/recipes, are
   {recipes}
 
-They hold the paper's settings: --variant msdfa --dims 512 1024 1536 2048 --weight 50
---feature-weight 50 --feature-delay 1000 --lr 1e-5 --weight-decay 4e-4 --batch-size 112 and so on.
+They hold the paper's settings: --variant msdfa --dims 512 1024 1536 2048 --distill-weight 50
+--feature-distill-weight 50 --feature-distill-delay 1000 --lr 1e-5 --weight-decay 4e-4 --batch-size 112 and so on.
 Without a recipe the settings are for a network of 0.1 million parameters, trained for half a
 minute on icons-400. The schedule and the weights were chosen on classes held out from training, as
 --validation does; the other settings are first choices. Results repeat exactly at the same number
@@ -203,10 +203,14 @@ def _s2sd(main: argparse.ArgumentParser) -> None:
     )
     add("--linear-heads", **switch(), help="heads of one linear layer, in the place of two")
     add("--temperature", type=float, default=1.0, help="default: %(default)s")
-    add("--weight", type=float, default=10.0, help="γ; default: %(default)s, paper: 50")
-    add("--feature-weight", type=float, help=f"γ_f; default: {FEATURE_WEIGHT}, paper: 50")
+    add("--distill-weight", type=float, default=10.0, help="γ; default: %(default)s, paper: 50")
     add(
-        "--feature-delay",
+        "--feature-distill-weight",
+        type=float,
+        help=f"γ_f; default: {FEATURE_DISTILL_WEIGHT}, paper: 50",
+    )
+    add(
+        "--feature-distill-delay",
         type=count,
         default=100,
         help="step at which feature distillation starts; default: %(default)s, paper: 1000",
@@ -244,12 +248,12 @@ def _baselines(main: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="test an embedder fitted anew to the features of the trained trunk too, and export it",
     )
-    add("--refit-weight", type=rate, help="S2SD run: γ in it; default: --weight")
+    add("--refit-weight", type=rate, help="S2SD run: γ in it; default: --distill-weight")
     add(
         "--teacher",
         type=Path,
         metavar="FILE",
-        help="S2SD run: no heads, but an exported model as the teacher, with --feature-weight",
+        help="S2SD run: no heads, but an exported model as the teacher, with --feature-distill-weight",
     )
 
 
@@ -342,8 +346,10 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error("--baseline-only and --s2sd-only leave nothing to train: give one of them")
     if args.validation and args.choose_epoch:
         main.error("--validation tests no epoch on the test classes, --choose-epoch does: give one")
-    if not distils_features and args.feature_weight:
-        main.error(f"--feature-weight is for msdf and msdfa, not for --variant {args.variant}")
+    if not distils_features and args.feature_distill_weight:
+        main.error(
+            f"--feature-distill-weight is for msdf and msdfa, not for --variant {args.variant}"
+        )
     if args.variant == "dsd" and len(args.dims or DIMS[-1:]) > 1:
         main.error("--variant dsd has one head: give one of --dims, or use --variant msd")
     if args.ramp and args.ramp[0] >= args.ramp[1]:
@@ -373,10 +379,10 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
     if args.weights is not None and not args.weights.exists():
         main.error(f"--weights {args.weights} does not exist")
     args.dims = args.dims or (DIMS[-1:] if args.variant == "dsd" else DIMS)
-    if args.feature_weight is None:
-        args.feature_weight = FEATURE_WEIGHT if distils_features else 0.0
+    if args.feature_distill_weight is None:
+        args.feature_distill_weight = FEATURE_DISTILL_WEIGHT if distils_features else 0.0
     if args.refit and args.refit_weight is None:
-        args.refit_weight = args.weight
+        args.refit_weight = args.distill_weight
     if args.steps_per_epoch is None and args.dataset == "icons400":
         args.steps_per_epoch = 50
     args.image_size = args.image_size or SIZES.get(args.dataset, 224)

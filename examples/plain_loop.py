@@ -34,8 +34,8 @@ def train(embedding_size: int = 16, epochs: int = 10) -> Network:
         miners.MultiSimilarityMiner(0.1),
         embedder=model.embedder,  # S2SD
         head_dims=(256, 512),  # S2SD
-        weight=5,  # S2SD
-        feature_weight=0,  # S2SD
+        distill_weight=5,  # S2SD
+        feature_distill_weight=0,  # S2SD
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     loss_func.add_to(optimizer)  # S2SD

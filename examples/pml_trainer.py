@@ -38,8 +38,8 @@ def main() -> None:
         miners.MultiSimilarityMiner(0.1),
         embedder=models["embedder"],  # S2SD
         head_dims=(256, 512),  # S2SD
-        weight=5,  # S2SD
-        feature_weight=0,  # S2SD
+        distill_weight=5,  # S2SD
+        feature_distill_weight=0,  # S2SD
     )
     optimizers = {
         f"{name}_optimizer": torch.optim.Adam(model.parameters(), lr=2e-3)

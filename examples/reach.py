@@ -27,13 +27,13 @@ class OtherReach(S2SDLoss):
     """
 
     def __init__(
-        self, *args: Any, reach: str, weight: Any, feature_weight: Any, **kwargs: Any
+        self, *args: Any, reach: str, weight: Any, feature_distill_weight: Any, **kwargs: Any
     ) -> None:
-        inside = {"weight": 0.0, "feature_weight": 0.0}  # the KL is computed here
+        inside = {"distill_weight": 0.0, "feature_distill_weight": 0.0}  # the KL is computed here
         if reach == "detached":
-            inside = {"weight": weight, "feature_weight": feature_weight}
+            inside = {"distill_weight": weight, "feature_distill_weight": feature_distill_weight}
         super().__init__(*args, **inside, **kwargs)
-        self.reach, self.weights = reach, (weight, feature_weight)
+        self.reach, self.weights = reach, (weight, feature_distill_weight)
 
     def forward(
         self, embeddings: Tensor, labels: Tensor | None = None, indices_tuple: Any = None
@@ -49,7 +49,7 @@ class OtherReach(S2SDLoss):
         γ, γ_f = (w(int(self.step)) if callable(w) else w for w in self.weights)
         weights = [γ / len(self.head_dims)] * len(self.head_dims)
         teachers = list(self.project(φ).values())
-        if γ_f and int(self.step) >= self.feature_delay:
+        if γ_f and int(self.step) >= self.feature_distill_delay:
             teachers, weights = [*teachers, φ], [*weights, γ_f]
         loss = super().forward(embeddings, labels, indices_tuple)  # the DML terms
         settings = {"temperature": self.temperature, "exclude_self": self.exclude_self}

@@ -76,8 +76,8 @@ def main() -> None:
         miners.MultiSimilarityMiner(0.1),
         embedder=model.embedder,  # S2SD
         head_dims=(384,),  # S2SD
-        weight=5,  # S2SD
-        feature_weight=0,  # S2SD
+        distill_weight=5,  # S2SD
+        feature_distill_weight=0,  # S2SD
     )
     optimizer = torch.optim.AdamW(
         [

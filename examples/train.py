@@ -60,7 +60,9 @@ def base_loss(args: argparse.Namespace, model: Network, num_classes: int) -> Los
         return NestedLoss(loss_func, miner, args.embedding_size, args.nested), None
     if ranks.world() == 1:
         return loss_func, miner
-    whole = S2SDLoss(loss_func, miner, head_dims=(), feature_weight=0, gather_distributed=True)
+    whole = S2SDLoss(
+        loss_func, miner, head_dims=(), feature_distill_weight=0, gather_distributed=True
+    )
     return whole, None
 
 
@@ -80,10 +82,10 @@ def s2sd_loss(args: argparse.Namespace, model: Network, num_classes: int) -> Los
         **features,
         head_dims=() if args.teacher else args.dims,
         head=nn.Linear if args.linear_heads else ProjectionHead,
-        weight=ramp(args, args.weight),
+        distill_weight=ramp(args, args.distill_weight),
         temperature=args.temperature,
-        feature_weight=ramp(args, args.feature_weight),
-        feature_delay=args.feature_delay * args.accumulate,  # it counts forwards
+        feature_distill_weight=ramp(args, args.feature_distill_weight),
+        feature_distill_delay=args.feature_distill_delay * args.accumulate,  # it counts forwards
         exclude_self=args.exclude_self,
         gather_distributed=ranks.world() > 1,
     )

@@ -34,10 +34,10 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
 
         1/2 [ L(ψ) + mean_i L_i(g_i(φ)) ] + γ mean_i KL(g_i(φ) -> ψ) + γ_f KL(φ -> ψ)
 
-    The last term is absent before training step ``feature_delay``. Each L_i is an independent copy
+    The last term is absent before training step ``feature_distill_delay``. Each L_i is an independent copy
     of L with an independent copy of the miner. Teachers are detached: the KL terms reach the
     embedder and, through it, the trunk. Without heads the first bracket is L(ψ) alone; with
-    ``feature_weight=0`` as well, and in ``eval()`` mode, the wrapper is the base loss.
+    ``feature_distill_weight=0`` as well, and in ``eval()`` mode, the wrapper is the base loss.
 
     **The heads are parameters**: put ``loss_func.parameters()`` into an optimizer, or call
     ``add_to``. A warning tells if they do not move while the model does.
@@ -51,10 +51,10 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         trunk: or the module whose output is the features.
         head_dims: the dimensions of the auxiliary heads, all different.
         head: ``(F, d) -> module`` that maps (B, F) to (B, d).
-        weight: γ >= 0, or a function of the training step.
+        distill_weight: γ >= 0, or a function of the training step.
         temperature: T > 0.
-        feature_weight: γ_f >= 0, or a function of the training step. 0: no feature distillation.
-        feature_delay: the training step, counted from 0, at which feature distillation starts.
+        feature_distill_weight: γ_f >= 0, or a function of the training step. 0: no feature distillation.
+        feature_distill_delay: the training step, counted from 0, at which feature distillation starts.
         pooling: "avg", "avg+max" (of a feature map) or a callable; see ``heads.pool``.
         exclude_self: leave each sample's similarity to itself out of the softmaxes.
         chunk_size: rows of the similarity matrices held at once; None: all.
@@ -104,10 +104,10 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         trunk: nn.Module | None = None,
         head_dims: Sequence[int] = recipes.PAPER_HEAD_DIMS,
         head: Callable[[int, int], nn.Module] = ProjectionHead,
-        weight: Schedule = 50.0,
+        distill_weight: Schedule = 50.0,
         temperature: float = 1.0,
-        feature_weight: Schedule = 50.0,
-        feature_delay: int = 1000,
+        feature_distill_weight: Schedule = 50.0,
+        feature_distill_delay: int = 1000,
         pooling: Pooling = "avg",
         exclude_self: bool = False,
         chunk_size: int | None = None,
@@ -115,10 +115,10 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         embedding_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.weight = weight
+        self.distill_weight = distill_weight
         self.temperature = temperature
-        self.feature_weight = feature_weight
-        self.feature_delay = feature_delay
+        self.feature_distill_weight = feature_distill_weight
+        self.feature_distill_delay = feature_distill_delay
         self.pooling = Unowned(pooling) if isinstance(pooling, nn.Module) else pooling
         self.exclude_self = exclude_self
         self.chunk_size = chunk_size
@@ -157,7 +157,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
     @classmethod
     def dsd(cls, loss: Any, miner: Any = None, **kwargs: Any) -> S2SDLoss:
         """DSD: one head (of the largest published dimension, 2048), no feature distillation."""
-        self = cls(loss, miner, **{"head_dims": (2048,), "feature_weight": 0.0, **kwargs})
+        self = cls(loss, miner, **{"head_dims": (2048,), "feature_distill_weight": 0.0, **kwargs})
         if len(self.head_dims) != 1:
             raise ArgumentError(f"DSD has one head, not head_dims={self.head_dims}. Use msd.")
         return self
@@ -165,11 +165,11 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
     @classmethod
     def msd(cls, loss: Any, miner: Any = None, **kwargs: Any) -> S2SDLoss:
         """MSD: several heads, no feature distillation."""
-        return cls(loss, miner, **{"feature_weight": 0.0, **kwargs})
+        return cls(loss, miner, **{"feature_distill_weight": 0.0, **kwargs})
 
     @classmethod
     def msdf(cls, loss: Any, miner: Any = None, **kwargs: Any) -> S2SDLoss:
-        """MSDF: several heads and, from step ``feature_delay`` on, feature distillation."""
+        """MSDF: several heads and, from step ``feature_distill_delay`` on, feature distillation."""
         return cls(loss, miner, **kwargs)
 
     @classmethod
@@ -192,8 +192,8 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
                 documentation.
 
         Returns:
-            ``head_dims``, ``head``, ``weight``, ``temperature``, ``feature_weight``,
-            ``feature_delay`` and ``exclude_self``.
+            ``head_dims``, ``head``, ``weight``, ``temperature``, ``feature_distill_weight``,
+            ``feature_distill_delay`` and ``exclude_self``.
 
         Raises:
             ArgumentError: for another name.
@@ -279,10 +279,13 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         loss = (base + torch.stack(aux).mean()) / 2 if aux else base
 
         # γ mean_i KL(g_i(φ) -> ψ) + γ_f KL(φ -> ψ)
-        γ, γ_f = (value_of(n, getattr(self, n), step) for n in ("weight", "feature_weight"))
+        γ, γ_f = (
+            value_of(n, getattr(self, n), step)
+            for n in ("distill_weight", "feature_distill_weight")
+        )
         teachers, weights = list(projected.values()), [γ / len(aux) for _ in aux]
         cosines = [known for _, known in branch_losses]
-        if φ is not None and self._distils_features and step >= self.feature_delay:
+        if φ is not None and self._distils_features and step >= self.feature_distill_delay:
             teachers, weights = [*teachers, gather(φ.detach())], [*weights, γ_f]
             cosines.append(None)
         kl = loss.new_zeros(0)
@@ -360,12 +363,12 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         return self
 
     def extra_repr(self) -> str:
-        names = "feature_dim head_dims weight temperature feature_weight feature_delay pooling"
+        names = "feature_dim head_dims distill_weight temperature feature_distill_weight feature_distill_delay pooling"
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
 
     @property
     def _distils_features(self) -> bool:
-        return callable(self.feature_weight) or self.feature_weight != 0
+        return callable(self.feature_distill_weight) or self.feature_distill_weight != 0
 
     @property
     def _distils(self) -> bool:

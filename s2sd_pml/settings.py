@@ -60,11 +60,11 @@ def value_of(name: str, schedule: Any, step: int) -> float:
 
 def scalars(loss: Any) -> None:
     """The scalar settings of an S2SDLoss."""
-    for name in ("weight", "feature_weight"):
+    for name in ("distill_weight", "feature_distill_weight"):
         if not callable(getattr(loss, name)):
             value_of(name, getattr(loss, name), 0)
     positive("temperature", loss.temperature)
-    whole("feature_delay", loss.feature_delay, at_least=0)
+    whole("feature_distill_delay", loss.feature_distill_delay, at_least=0)
     if loss.chunk_size is not None:
         whole("chunk_size", loss.chunk_size, at_least=1, otherwise=" or None")
     for name in ("exclude_self", "gather_distributed"):

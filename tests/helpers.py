@@ -71,11 +71,15 @@ def plain_s2sd(loss_func, embeddings, features_map, labels, step, indices_tuple=
             branch(b.loss, b.miner, z, indices_tuple if b.miner is None else None)
             for b, z in zip(branches, heads, strict=True)
         ]
-        gamma = loss_func.weight(step) if callable(loss_func.weight) else loss_func.weight
+        gamma = (
+            loss_func.distill_weight(step)
+            if callable(loss_func.distill_weight)
+            else loss_func.distill_weight
+        )
         kl = [plain_kl(z, embeddings, t, e) for z in heads]
         total = 0.5 * (base + sum(aux) / len(aux)) + gamma * sum(kl) / len(kl)
-    if step >= loss_func.feature_delay:
-        gamma_f = loss_func.feature_weight
+    if step >= loss_func.feature_distill_delay:
+        gamma_f = loss_func.feature_distill_weight
         gamma_f = gamma_f(step) if callable(gamma_f) else gamma_f
         if gamma_f:
             total = total + gamma_f * plain_kl(features, embeddings, t, e)

@@ -67,7 +67,7 @@ def make_trainer(
 
     def s2sd() -> S2SDLoss:
         loss, miner = losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()
-        return S2SDLoss(loss, miner, embedder=embedder, head_dims=(8, 16), feature_delay=2)
+        return S2SDLoss(loss, miner, embedder=embedder, head_dims=(8, 16), feature_distill_delay=2)
 
     loss_funcs: dict[str, nn.Module] = {"metric_loss": s2sd()}
     mining_funcs: dict[str, nn.Module] = {"tuple_miner": miners.BatchHardMiner()}

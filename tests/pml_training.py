@@ -99,9 +99,9 @@ def train(
         embedder=embedder,
         feature_dim=FEATURES,
         head_dims=DIMS,
-        feature_delay=1,
-        weight=1.0,
-        feature_weight=1.0,
+        feature_distill_delay=1,
+        distill_weight=1.0,
+        feature_distill_weight=1.0,
     ).to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     loss_func.add_to(optimizer)

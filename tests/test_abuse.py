@@ -16,7 +16,12 @@ from s2sd_pml.errors import ArgumentError, BatchError, MissingFeaturesError, S2S
 
 def make(loss=None, miner=None, **kwargs):
     model = Model()
-    settings = {"embedder": model.embedder, "head_dims": (8, 16), "feature_delay": 0, **kwargs}
+    settings = {
+        "embedder": model.embedder,
+        "head_dims": (8, 16),
+        "feature_distill_delay": 0,
+        **kwargs,
+    }
     return model, S2SDLoss(loss or losses.MultiSimilarityLoss(), miner, **settings)
 
 
@@ -369,10 +374,10 @@ def test_an_optimizer_built_before_or_after_a_change_of_precision(when, how, rec
 
 
 HOT = {
-    "weight": [-1, float("nan"), "50", None],
-    "feature_weight": [-1, float("inf")],
+    "distill_weight": [-1, float("nan"), "50", None],
+    "feature_distill_weight": [-1, float("inf")],
     "temperature": [0, -0.1, float("nan"), None],
-    "feature_delay": [-1, 1.5, None],
+    "feature_distill_delay": [-1, 1.5, None],
     "chunk_size": [0, -3, 2.5],
     "pooling": ["max", None],
     "exclude_self": ["no", None],

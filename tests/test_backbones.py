@@ -168,7 +168,7 @@ def test_a_recipe_trains_on_a_miniature_tree(recipe, tmp_path):
     except (ImportError, RuntimeError):
         less += " --backbone cnn"
     flags = ["--root", str(root), "--output", str(tmp_path / "out"), "--no-report", "--quiet"]
-    train.main(["--recipe", recipe, *flags, *less.split(), "--feature-delay", "1"])
+    train.main(["--recipe", recipe, *flags, *less.split(), "--feature-distill-delay", "1"])
     scores = final(read(tmp_path / "out"), "S2SD")
     assert scores["feature_distill"] != 0  # it is in force
     assert 0 <= scores["Recall@1"] <= 1

@@ -118,7 +118,7 @@ def test_a_momentum_encoders_references_need_their_features():
         loss_func(model(x), ref_emb=references)
     assert "eval()" not in str(e.value)
     loss_func(model(x), ref_emb=references, ref_features=phi).backward()
-    without_heads = S2SDLoss(loss, embedder=model.embedder, head_dims=(), feature_delay=0)
+    without_heads = S2SDLoss(loss, embedder=model.embedder, head_dims=(), feature_distill_delay=0)
     without_heads(model(x), ref_emb=references).backward()  # no head projects them
     assert without_heads.components["feature_distill"] > 0
 

@@ -99,7 +99,7 @@ def test_embedders_fitted_anew_share_the_training_of_their_trunk(tmp_path):
     assert len({r["MAP@R"] for r in found.values()}) == len(found)
     recipe = S2SDLoss.recipe("small-data")
     for name in methods[2:]:  # the KL is the recipe's, in force at the end or throughout
-        assert float(found[name]["refit_weight"]) == recipe["weight"]
+        assert float(found[name]["refit_weight"]) == recipe["distill_weight"]
         assert float(found[name]["temperature"]) == recipe["temperature"]
         assert found[name]["exclude_self"] == str(recipe["exclude_self"])
     usual = compare_args([])[0].methods

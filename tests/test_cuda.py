@@ -34,7 +34,11 @@ CASES = {
 }
 SETTINGS = {
     "paper": {},
-    "small-data": {**S2SDLoss.recipe("small-data"), "head_dims": (8, 9), "feature_delay": 0},
+    "small-data": {
+        **S2SDLoss.recipe("small-data"),
+        "head_dims": (8, 9),
+        "feature_distill_delay": 0,
+    },
     "chunks": {"chunk_size": 7},
     "maps": {"pooling": "avg+max"},
 }
@@ -45,7 +49,7 @@ def make(device, case="multi-similarity", dtype=torch.float32, **kwargs):
     model = Model().to(dtype)
     loss, miner = CASES[case]()
     where = {"trunk": model.trunk} if "pooling" in kwargs else {"embedder": model.embedder}
-    kwargs = {"head_dims": (8, 9), "feature_delay": 0, "feature_dim": 12, **where, **kwargs}
+    kwargs = {"head_dims": (8, 9), "feature_distill_delay": 0, "feature_dim": 12, **where, **kwargs}
     loss_func = S2SDLoss(loss, miner, **kwargs).to(dtype)
     return model.to(device), loss_func.to(device)
 
@@ -107,7 +111,7 @@ def test_autocast_changes_no_more_than_the_precision_of_the_model(settings, dtyp
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_training_under_autocast_with_a_grad_scaler(dtype):
-    model, loss_func = make(GPU, weight=5.0, feature_weight=5.0)
+    model, loss_func = make(GPU, distill_weight=5.0, feature_distill_weight=5.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     loss_func.add_to(optimizer)
     before = copy.deepcopy([model, loss_func])
@@ -169,13 +173,13 @@ def test_a_compiled_model_trains_as_the_plain_one(mode):
 @pytest.mark.parametrize("devices", [(GPU, "cpu"), ("cpu", GPU)])
 def test_a_checkpoint_goes_on_on_another_device(devices):
     first, second = devices
-    model, loss_func = make(first, feature_delay=1)
+    model, loss_func = make(first, feature_distill_delay=1)
     loss_func(model(images().to(first)), labels().to(first))
     file = io.BytesIO()
     torch.save([model.state_dict(), loss_func.state_dict()], file)
     file.seek(0)
     states = torch.load(file, map_location=second, weights_only=True)
-    other = make(second, feature_delay=1)
+    other = make(second, feature_distill_delay=1)
     for part, state in zip(other, states, strict=True):
         part.load_state_dict(state)
     x = images()

@@ -18,15 +18,19 @@ import diagnose  # isort: skip
 def test_the_terms_add_up_and_the_loss_is_left_as_it_was():
     torch.manual_seed(0)
     model = Model()
-    loss_func = S2SDLoss(losses.NTXentLoss(), embedder=model.embedder, head_dims=(8, 9), weight=3,
-                         feature_weight=2, feature_delay=5)  # fmt: skip
+    loss_func = S2SDLoss(losses.NTXentLoss(), embedder=model.embedder, head_dims=(8, 9), distill_weight=3,
+                         feature_distill_weight=2, feature_distill_delay=5)  # fmt: skip
     features = model.trunk(images(12)).mean(dim=(2, 3))
     embeddings = model.embedder(features)
     found = diagnose.terms(loss_func, embeddings, labels(12, 2), features)
-    assert (loss_func.weight, loss_func.feature_weight, loss_func.feature_delay) == (3, 2, 5)
+    assert (
+        loss_func.distill_weight,
+        loss_func.feature_distill_weight,
+        loss_func.feature_distill_delay,
+    ) == (3, 2, 5)
     assert loss_func.step == 0
     assert loss_func.training
-    loss_func.feature_delay = 0
+    loss_func.feature_distill_delay = 0
     whole = loss_func(embeddings, labels(12, 2), features=features)
     assert sum(found.values()).item() == pytest.approx(whole.item())
     for module in (model.trunk, model.embedder):
@@ -49,7 +53,7 @@ def test_agreement_is_a_correlation_of_similarities():
 
 
 def test_it_writes_a_row_an_epoch_and_a_picture(tmp_path, capsys):
-    flags = ["--quiet", "--epochs", "2", "--feature-delay", "0", "--output", str(tmp_path)]
+    flags = ["--quiet", "--epochs", "2", "--feature-distill-delay", "0", "--output", str(tmp_path)]
     diagnose.main([*SMALL, *flags])
     with open(tmp_path / "diagnosis.csv", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -42,7 +42,7 @@ def build(case, **kwargs):
     torch.manual_seed(1)
     model = Model()
     loss, miner = CASES[case]()
-    kwargs = {"head_dims": (8, 10), "feature_delay": 1, "weight": 5.0, **kwargs}
+    kwargs = {"head_dims": (8, 10), "feature_distill_delay": 1, "distill_weight": 5.0, **kwargs}
     return model, S2SDLoss(loss, miner, embedder=model.embedder, **kwargs)
 
 
@@ -132,7 +132,7 @@ PLANS = {
         "proxies": ("proxies", {}, (12, 12)),
         "memory": ("memory", {}, (12, 12)),
         "uneven": ("multi_similarity", {"chunk_size": 3}, (16, 8)),
-        "no_heads": ("proxies", {"head_dims": (), "feature_weight": 0}, (12, 12)),
+        "no_heads": ("proxies", {"head_dims": (), "feature_distill_weight": 0}, (12, 12)),
     },
     3: {
         "triplets": ("triplets_mined", {}, (8, 8, 8)),

@@ -75,7 +75,9 @@ def test_the_command_trains_both_prints_the_table_and_writes_everything(tmp_path
 
 
 def test_two_ranks_give_what_one_process_gives_and_speak_once(tmp_path):
-    uneven = "--batch-size 33 --per-class 3 --feature-delay 1 --lr 3e-4 --device cpu".split()
+    uneven = (
+        "--batch-size 33 --per-class 3 --feature-distill-delay 1 --lr 3e-4 --device cpu".split()
+    )
     flags = [*SMALL, *uneven, "--no-report", "--output"]
     done = command(*TORCHRUN, "examples/train.py", *flags, tmp_path / "two")
     assert done.returncode == 0, done.stderr
@@ -140,8 +142,8 @@ def test_a_seed_fixes_everything(tmp_path):
     def without_seconds(rows):
         return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
 
-    first, again = (run(tmp_path / n, "--feature-delay", "1") for n in "ab")
-    other = run(tmp_path / "c", "--feature-delay", "1", "--seed", "1")
+    first, again = (run(tmp_path / n, "--feature-distill-delay", "1") for n in "ab")
+    other = run(tmp_path / "c", "--feature-distill-delay", "1", "--seed", "1")
     assert without_seconds(first) == without_seconds(again)
     assert without_seconds(first) != without_seconds(other)
 
@@ -155,7 +157,7 @@ def test_the_base_run_does_not_depend_on_s2sd(tmp_path):
 @pytest.mark.parametrize("variant", ["dsd", "msd", "msdfa"])
 def test_variants(tmp_path, variant):
     dims = ["--dims", "24"] if variant == "dsd" else []
-    rows = run(tmp_path, "--variant", variant, "--feature-delay", "0", *dims)
+    rows = run(tmp_path, "--variant", variant, "--feature-distill-delay", "0", *dims)
     assert (final(rows, "S2SD")["feature_distill"] > 0) == (variant == "msdfa")
 
 
@@ -183,11 +185,11 @@ def test_losses_and_miners_by_name(tmp_path, flags):
         (["--miner", "HardMiner"], "BatchHardMiner"),
         (["--batch-size", "30"], "no multiple of --per-class 4"),
         (["--epochs", "0"], "not a whole number above 0"),
-        (["--weight", "-1"], "weight=-1.0"),
+        (["--distill-weight", "-1"], "distill_weight=-1.0"),
         (["--temperature", "0"], "temperature=0.0"),
         (["--dims", "24", "24"], "repeats a dimension"),
         (["--variant", "dsd", "--dims", "24", "32"], "one head"),
-        (["--variant", "msd", "--feature-weight", "5"], "msdf and msdfa"),
+        (["--variant", "msd", "--feature-distill-weight", "5"], "msdf and msdfa"),
     ],
 )
 def test_bad_flags_end_with_one_clear_line(tmp_path, capsys, flags, words):

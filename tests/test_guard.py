@@ -29,7 +29,7 @@ def run(model, loss_func, optimizer, steps=12, accumulate=1, schedule=None):
 
 def make(**kwargs):
     model = Model()
-    kwargs = {"head_dims": (8, 9), "feature_delay": 0, **kwargs}
+    kwargs = {"head_dims": (8, 9), "feature_distill_delay": 0, **kwargs}
     return model, S2SDLoss(losses.NTXentLoss(), embedder=model.embedder, **kwargs)
 
 

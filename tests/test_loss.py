@@ -52,12 +52,16 @@ def gradients(scalar, *modules):
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {"head_dims": (16,), "feature_weight": 0},
-        {"feature_weight": 0.0, "temperature": 0.2},
-        {"feature_delay": 1},
-        {"feature_delay": 0, "pooling": "avg+max", "temperature": 4, "exclude_self": True},
-        {"feature_delay": 2, "weight": lambda step: 10.0 * step, "chunk_size": 5},
-        {"head_dims": (), "feature_delay": 0, "feature_weight": lambda step: 1.0 + step},
+        {"head_dims": (16,), "feature_distill_weight": 0},
+        {"feature_distill_weight": 0.0, "temperature": 0.2},
+        {"feature_distill_delay": 1},
+        {"feature_distill_delay": 0, "pooling": "avg+max", "temperature": 4, "exclude_self": True},
+        {"feature_distill_delay": 2, "distill_weight": lambda step: 10.0 * step, "chunk_size": 5},
+        {
+            "head_dims": (),
+            "feature_distill_delay": 0,
+            "feature_distill_weight": lambda step: 1.0 + step,
+        },
     ],
     ids=["dsd", "msd", "msdf", "msdfa", "schedule", "features_only"],
 )
@@ -79,7 +83,7 @@ def test_value_and_gradients_are_the_equations(kind, kwargs):
 
 
 def test_training_moves_every_parameter_and_lowers_the_loss():
-    model, loss_func = make(feature_delay=0, weight=5.0, feature_weight=5.0)
+    model, loss_func = make(feature_distill_delay=0, distill_weight=5.0, feature_distill_weight=5.0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     assert loss_func.add_to(optimizer) is loss_func
     before = [p.detach().clone() for p in [*model.parameters(), *loss_func.parameters()]]
@@ -97,11 +101,11 @@ def test_training_moves_every_parameter_and_lowers_the_loss():
 
 
 def test_kl_reaches_the_embedder_and_the_trunk_but_not_the_heads():
-    model, loss_func = make(feature_delay=0)
+    model, loss_func = make(feature_distill_delay=0)
     x = images(dtype=torch.float64)
 
     def grads(weight):
-        loss_func.weight = loss_func.feature_weight = weight
+        loss_func.distill_weight = loss_func.feature_distill_weight = weight
         return gradients(loss_func(model(x), labels()), model, loss_func)
 
     n = len(list(model.parameters()))
@@ -117,7 +121,7 @@ def test_is_the_base_loss_bit_for_bit(kind, how):
     model = Model()
     loss, miner = LOSS_MINER[kind]()
     twin = copy.deepcopy((model, loss, miner))
-    kwargs = {} if how == "eval" else {"head_dims": (), "feature_weight": 0}
+    kwargs = {} if how == "eval" else {"head_dims": (), "feature_distill_weight": 0}
     loss_func = S2SDLoss(loss, miner, embedder=model.embedder, **kwargs)
     loss_func.train(how != "eval")
     x = images()
@@ -166,14 +170,22 @@ def test_variants_by_name():
     model = Model()
     args = (losses.TripletMarginLoss(), None)
     dsd = S2SDLoss.dsd(*args, embedder=model.embedder)
-    assert (dsd.head_dims, dsd.feature_weight) == ((2048,), 0)
-    msd = S2SDLoss.msd(*args, embedder=model.embedder, weight=3.0)
-    assert (msd.head_dims, msd.feature_weight, msd.weight) == ((512, 1024, 1536, 2048), 0, 3.0)
+    assert (dsd.head_dims, dsd.feature_distill_weight) == ((2048,), 0)
+    msd = S2SDLoss.msd(*args, embedder=model.embedder, distill_weight=3.0)
+    assert (msd.head_dims, msd.feature_distill_weight, msd.distill_weight) == (
+        (512, 1024, 1536, 2048),
+        0,
+        3.0,
+    )
     msdf = S2SDLoss.msdf(*args, embedder=model.embedder)
     default = S2SDLoss(*args, embedder=model.embedder)
     assert repr(msdf) == repr(default)
-    assert (default.weight, default.temperature, default.feature_weight) == (50.0, 1.0, 50.0)
-    assert (default.feature_delay, default.pooling) == (1000, "avg")
+    assert (default.distill_weight, default.temperature, default.feature_distill_weight) == (
+        50.0,
+        1.0,
+        50.0,
+    )
+    assert (default.feature_distill_delay, default.pooling) == (1000, "avg")
     msdfa = S2SDLoss.msdfa(*args, trunk=model.trunk, feature_dim=F_DIM)
     assert msdfa.pooling == "avg+max"
     with pytest.raises(ArgumentError, match="one head"):
@@ -181,7 +193,7 @@ def test_variants_by_name():
 
 
 def test_explicit_features_win_over_captured_ones():
-    model, loss_func = make(feature_delay=0)
+    model, loss_func = make(feature_distill_delay=0)
     x = images(dtype=torch.float64)
     other = torch.randn(B, F_DIM, dtype=torch.float64)
     got = loss_func(model(x), labels(), features=other)
@@ -220,7 +232,7 @@ def test_branches_share_nothing():
 
 
 def test_components_add_up_and_keep_their_keys():
-    model, loss_func = make(feature_delay=1, weight=7.0, feature_weight=3.0)
+    model, loss_func = make(feature_distill_delay=1, distill_weight=7.0, feature_distill_weight=3.0)
     keys = None
     for step in range(3):
         loss = loss_func(model(images(dtype=torch.float64)), labels())
@@ -241,7 +253,7 @@ def test_components_add_up_and_keep_their_keys():
 
 def test_records_for_loggers(monkeypatch):
     monkeypatch.setattr("pytorch_metric_learning.utils.common_functions.COLLECT_STATS", True)
-    model, loss_func = make(feature_delay=0)
+    model, loss_func = make(feature_distill_delay=0)
     loss_func(model(images(dtype=torch.float64)), labels())
     assert loss_func.base_loss == loss_func.components["base"].item()
     assert loss_func.feature_distill_loss > 0
@@ -318,7 +330,7 @@ def test_add_to_asks_for_no_rate_that_it_does_not_need():
     optimizer.param_groups[0]["lr"] = 0.5
     loss_func.add_to(optimizer)  # once more, as in a notebook
     assert len(optimizer.param_groups) == 4
-    model, baseline = make(head_dims=(), feature_weight=0)
+    model, baseline = make(head_dims=(), feature_distill_weight=0)
     parts = list(model.parameters())
     several = torch.optim.SGD([{"params": [p], "lr": k + 1} for k, p in enumerate(parts)], lr=0.5)
     baseline.add_to(several)
@@ -478,7 +490,7 @@ def test_custom_head_and_pooling():
         head=lambda i, o: nn.Linear(i, o, bias=False),
         head_dims=(7,),
         pooling=lambda feature_map: feature_map.flatten(1),
-        feature_delay=0,
+        feature_distill_delay=0,
     )
     loss_func(model(images()), labels()).backward()
     assert loss_func.branches["head_7"].head.weight.grad.shape == (7, F_DIM * 16)
@@ -488,16 +500,16 @@ def test_settings_can_change_between_steps():
     model, loss_func = make()
     x = images(dtype=torch.float64)
     first = loss_func(model(x), labels())
-    loss_func.weight = 0.0
+    loss_func.distill_weight = 0.0
     second = loss_func(model(x), labels())
     c = loss_func.components
     torch.testing.assert_close(first - second, 50 * c["distill"])
 
 
 def test_a_schedule_gone_wrong_is_named_with_its_step():
-    model, loss_func = make(weight=lambda step: math.inf if step else 1.0)
+    model, loss_func = make(distill_weight=lambda step: math.inf if step else 1.0)
     loss_func(model(images(dtype=torch.float64)), labels())
-    with pytest.raises(ArgumentError, match="weight=inf at step 1"):
+    with pytest.raises(ArgumentError, match="distill_weight=inf at step 1"):
         loss_func(model(images(dtype=torch.float64)), labels())
     assert int(loss_func.step) == 1
 
@@ -505,7 +517,7 @@ def test_a_schedule_gone_wrong_is_named_with_its_step():
 def test_reference_embeddings_with_their_features():
     model = Model().double()
     loss_func = S2SDLoss(
-        losses.ContrastiveLoss(), embedder=model.embedder, head_dims=(9,), weight=0.0
+        losses.ContrastiveLoss(), embedder=model.embedder, head_dims=(9,), distill_weight=0.0
     ).double()
     x, ref = images(dtype=torch.float64), images(8, dtype=torch.float64)
     ref_labels = labels(8)
@@ -555,7 +567,9 @@ def test_branch_losses_run_in_float32_under_autocast(dtype):
             seen.append((embeddings.dtype, (embeddings @ embeddings.T).dtype))
             return super().forward(embeddings, *args, **kwargs)
 
-    loss_func = S2SDLoss(Spy(6, D), embedder=model.embedder, head_dims=(9,), feature_delay=0)
+    loss_func = S2SDLoss(
+        Spy(6, D), embedder=model.embedder, head_dims=(9,), feature_distill_delay=0
+    )
     with torch.autocast("cpu", dtype=dtype):
         loss = loss_func(model(images()), labels())
     loss.backward()

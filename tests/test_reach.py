@@ -17,9 +17,9 @@ from s2sd_pml import S2SDLoss
 
 SETTINGS = {
     "head_dims": (12, 16),
-    "weight": 3.0,
-    "feature_weight": lambda step: 2.0,
-    "feature_delay": 1,
+    "distill_weight": 3.0,
+    "feature_distill_weight": lambda step: 2.0,
+    "feature_distill_delay": 1,
     "temperature": 0.3,
     "exclude_self": True,
 }
@@ -59,7 +59,7 @@ def test_the_kl_reaches_the_embedder_alone(steps, exclude_self):
         exclude_self=exclude_self,
     )
     papers, (_, its_embedder, its_heads) = gradients(S2SDLoss, steps, exclude_self=exclude_self)
-    _, (without, *_) = gradients(S2SDLoss, weight=0.0, feature_weight=0.0)
+    _, (without, *_) = gradients(S2SDLoss, distill_weight=0.0, feature_distill_weight=0.0)
     torch.testing.assert_close(loss, papers)
     torch.testing.assert_close(trunk, without)
     torch.testing.assert_close(embedder, its_embedder)
@@ -75,7 +75,9 @@ def test_the_heads_alone_train_the_trunk():
     torch.testing.assert_close(loss, papers)
     torch.testing.assert_close(embedder, its_embedder)
     torch.testing.assert_close(heads, its_heads)
-    _, (other, *_) = gradients(detached, weight=0.0, feature_weight=0.0, base_factor=7.0)
+    _, (other, *_) = gradients(
+        detached, distill_weight=0.0, feature_distill_weight=0.0, base_factor=7.0
+    )
     torch.testing.assert_close(trunk, other)  # neither KL nor base loss is felt
 
 
@@ -98,7 +100,7 @@ def test_a_run_with_another_reach(tmp_path):
     for way in (None, *reach.WAYS):
         flags = ["--reach", way] if way else []
         folder = tmp_path / str(way)
-        train.main([*SMALL, "--s2sd-only", "--no-report", "--feature-delay", "0", *flags,
+        train.main([*SMALL, "--s2sd-only", "--no-report", "--feature-distill-delay", "0", *flags,
                     "--export", str(folder / "model.pt"), "--output", str(folder)])  # fmt: skip
         found[way] = torch.load(folder / "model.pt", weights_only=True)["state_dict"]
     first = next(iter(found[None]))

@@ -31,8 +31,8 @@ def test_a_recipe_names_every_setting_of_distillation_and_trains(name):
 
 
 def test_a_recipe_can_be_changed_without_changing_the_next():
-    S2SDLoss.recipe("small-data")["weight"] = 1
-    assert S2SDLoss.recipe("small-data")["weight"] == 10
+    S2SDLoss.recipe("small-data")["distill_weight"] = 1
+    assert S2SDLoss.recipe("small-data")["distill_weight"] == 10
 
 
 def test_an_unknown_recipe_is_named_with_those_there_are():

@@ -28,7 +28,7 @@ import train  # noqa: E402
 from evaluate import apply  # noqa: E402
 
 FLAGS = (
-    "--epochs 2 --steps-per-epoch 3 --batch-size 16 --dims 24 32 --threads 1 --feature-delay 2 "
+    "--epochs 2 --steps-per-epoch 3 --batch-size 16 --dims 24 32 --threads 1 --feature-distill-delay 2 "
     "--loss ProxyAnchorLoss --miner none --checkpoint-every 1 --quiet --no-report"
 ).split()
 STEPS = 6
@@ -182,7 +182,7 @@ def refused(capsys, folder, *flags):
 def test_what_cannot_be_resumed_is_refused_before_training(uninterrupted, tmp_path, capsys):
     before, newest = stopped(uninterrupted, tmp_path)
     assert "add --resume, or use another --output" in refused(capsys, tmp_path)
-    told = refused(capsys, tmp_path, "--resume", "--weight", "3")
+    told = refused(capsys, tmp_path, "--resume", "--distill-weight", "3")
     assert "weight was 10.0 and is 3.0" in told
     for file in (before, newest):
         cut(file)
@@ -220,7 +220,7 @@ def loop(path, steps, die_at=None, loss=None):
     model = Model()
     loss_func = S2SDLoss(
         loss or losses.ProxyAnchorLoss(6, D), embedder=model.embedder, head_dims=(8, 9),
-        feature_delay=3,
+        feature_distill_delay=3,
     )  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     loss_func.add_to(optimizer, loss_lr=0.1)

@@ -47,14 +47,34 @@ BAD = {
     "dims_zero": ((LOSS,), {"head_dims": (0,)}, ArgumentError, "above 0"),
     "dims_float": ((LOSS,), {"head_dims": (5.5,)}, ArgumentError, "5.5"),
     "dims_twice": ((LOSS,), {"head_dims": (8, 8)}, ArgumentError, r"\(8, 8\) repeats"),
-    "weight": ((LOSS,), {"weight": -1}, ArgumentError, "weight=-1"),
-    "weight_nan": ((LOSS,), {"weight": float("nan")}, ArgumentError, "weight=nan"),
-    "weight_type": ((LOSS,), {"weight": "50"}, ArgumentError, "weight='50'"),
-    "feature_weight": ((LOSS,), {"feature_weight": -0.5}, ArgumentError, "feature_weight=-0.5"),
+    "distill_weight": ((LOSS,), {"distill_weight": -1}, ArgumentError, "distill_weight=-1"),
+    "distill_weight_nan": (
+        (LOSS,),
+        {"distill_weight": float("nan")},
+        ArgumentError,
+        "distill_weight=nan",
+    ),
+    "distill_weight_type": (
+        (LOSS,),
+        {"distill_weight": "50"},
+        ArgumentError,
+        "distill_weight='50'",
+    ),
+    "feature_distill_weight": (
+        (LOSS,),
+        {"feature_distill_weight": -0.5},
+        ArgumentError,
+        "feature_distill_weight=-0.5",
+    ),
     "temperature": ((LOSS,), {"temperature": 0}, ArgumentError, "temperature=0"),
     "temperature_type": ((LOSS,), {"temperature": None}, ArgumentError, "temperature=None"),
-    "delay": ((LOSS,), {"feature_delay": -1}, ArgumentError, "feature_delay=-1"),
-    "delay_float": ((LOSS,), {"feature_delay": 1e3}, ArgumentError, "feature_delay=1000.0"),
+    "delay": ((LOSS,), {"feature_distill_delay": -1}, ArgumentError, "feature_distill_delay=-1"),
+    "delay_float": (
+        (LOSS,),
+        {"feature_distill_delay": 1e3},
+        ArgumentError,
+        "feature_distill_delay=1000.0",
+    ),
     "chunk": ((LOSS,), {"chunk_size": 0}, ArgumentError, "chunk_size=0"),
     "exclude_self": ((LOSS,), {"exclude_self": 1}, ArgumentError, "exclude_self=1"),
     "gather": ((LOSS,), {"gather_distributed": "yes"}, ArgumentError, "gather_distributed='yes'"),
@@ -147,10 +167,10 @@ def test_the_feature_dimension_is_read_off_the_embedder(embedder):
 
 
 def test_feature_dim_is_enough_with_explicit_features_and_unneeded_without_heads():
-    loss_func = S2SDLoss(LOSS, feature_dim=12, head_dims=(8,), feature_delay=0)
+    loss_func = S2SDLoss(LOSS, feature_dim=12, head_dims=(8,), feature_distill_delay=0)
     z = torch.randn(8, 6, requires_grad=True)
     loss_func(z, torch.arange(8) // 2, features=torch.randn(8, 12)).backward()
-    transparent = S2SDLoss(LOSS, head_dims=(), feature_weight=0)
+    transparent = S2SDLoss(LOSS, head_dims=(), feature_distill_weight=0)
     transparent(z, torch.arange(8) // 2).backward()
 
 
@@ -176,7 +196,7 @@ def test_a_compiled_embedder_tells_its_width():
 
 def test_a_pooling_module_of_the_model_stays_the_models():
     pool = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    loss_func = S2SDLoss(LOSS, feature_dim=3, pooling=pool, head_dims=(8,), feature_delay=0)
+    loss_func = S2SDLoss(LOSS, feature_dim=3, pooling=pool, head_dims=(8,), feature_distill_delay=0)
     own = {id(p) for p in loss_func.parameters()}
     assert own.isdisjoint(id(p) for p in pool.parameters())
     assert copy.deepcopy(loss_func).pooling.module is pool
@@ -190,11 +210,11 @@ def test_numpy_and_tensor_numbers_are_numbers():
         LOSS,
         embedder=LINEAR,
         head_dims=np.array([8, 9]),
-        feature_delay=np.int64(0),
+        feature_distill_delay=np.int64(0),
         temperature=np.float32(0.5),
         chunk_size=np.int64(3),
-        weight=lambda step: np.float32(2.0),
-        feature_weight=lambda step: torch.tensor(2.0),
+        distill_weight=lambda step: np.float32(2.0),
+        feature_distill_weight=lambda step: torch.tensor(2.0),
     )
     loss_func(LINEAR(torch.randn(8, 12)), torch.arange(8) // 2).backward()
     assert loss_func.head_dims == (8, 9)

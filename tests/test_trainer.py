@@ -55,7 +55,7 @@ def test_mixed_precision_trains(tmp_path, amp):
     if amp == "fp16" and not hasattr(torch.amp, "GradScaler"):
         pytest.skip("no GradScaler for the CPU in this PyTorch")
     # float16 is slow on a CPU
-    flags = "--batch-size 8 --feature-delay 0 --loss ProxyAnchorLoss --miner none".split()
+    flags = "--batch-size 8 --feature-distill-delay 0 --loss ProxyAnchorLoss --miner none".split()
     rows = main(tmp_path, *flags, "--amp", amp, "--checkpoint-every", 3)
     plain = main(tmp_path / "plain", *flags)
     near = {"bf16": 0.02, "fp16": 0.2}[amp]  # a scaler passes over steps until it has its scale
@@ -134,7 +134,7 @@ def test_the_compiled_trunk_gives_the_same_numbers(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compiled)
     for variant in ("msdf", "msdfa"):
-        flags = ["--variant", variant, "--feature-delay", 0]
+        flags = ["--variant", variant, "--feature-distill-delay", 0]
         plain = main(tmp_path / variant, *flags)
         fast = main(tmp_path / f"{variant} compiled", *flags, "--compile")
         assert len(calls) == 2
@@ -164,7 +164,7 @@ def test_an_exported_file_that_holds_another_model_is_refused(tmp_path, monkeypa
 
 
 def test_the_delay_of_features_counts_steps_whatever_is_accumulated(tmp_path):
-    flags = ["--s2sd-only", "--epochs", 3, "--steps-per-epoch", 1, "--feature-delay", 2]
+    flags = ["--s2sd-only", "--epochs", 3, "--steps-per-epoch", 1, "--feature-distill-delay", 2]
     for accumulate in (1, 2):
         rows = main(tmp_path / str(accumulate), *flags, "--accumulate", accumulate)
         terms = [float(r["value"]) for r in rows if r["metric"] == "feature_distill"]
@@ -410,14 +410,18 @@ def test_later_settings_win(tmp_path):
     file.write_text("lr: 0.5\nbatch_size: 40\nexclude-self: true\nloss_args: {alpha: 3, beta: 4}\n"
                     "dims: [7, 8]\nvalidation: true\nhead_lr: null\n")  # fmt: skip
     args = parsed("--recipe", "sop-r50-128-margin", "--config", file, "--no-validation", "--lr", 2)
-    assert (args.dataset, args.per_class, args.feature_weight) == ("sop", 2, 5)  # the recipe's
+    assert (args.dataset, args.per_class, args.feature_distill_weight) == (
+        "sop",
+        2,
+        5,
+    )  # the recipe's
     assert (args.batch_size, args.exclude_self, args.dims) == (40, True, [7, 8])  # the file's
     assert args.loss_args == {"alpha": 3, "beta": 4}
     assert (args.lr, args.head_lr, args.validation) == (2.0, 2.0, False)  # given
 
 
 def test_the_configuration_of_a_run_repeats_it(tmp_path):
-    flags = ["--loss-args", "alpha=3", "--exclude-self", "--feature-delay", 1, "--seed", 3]
+    flags = ["--loss-args", "alpha=3", "--exclude-self", "--feature-distill-delay", 1, "--seed", 3]
     first = main(tmp_path / "a", *flags)
     content = json.loads((tmp_path / "a" / "config.json").read_text())
     assert content["loss_args"] == {"alpha": 3}
@@ -435,16 +439,18 @@ def test_the_weights_of_distillation_rise_along_the_ramp(tmp_path):
     assert [weight(forward) for forward in (0, 4, 8, 12, 100)] == [0, 0, 4, 8, 8]
     assert train.ramp(parsed(), 8.0) == 8
     assert train.ramp(parsed("--ramp", 2, 6), 0.0) == 0
-    late = main(tmp_path / "late", "--s2sd-only", "--feature-delay", 0, "--ramp", 100, 200)
-    none = main(tmp_path / "none", "--s2sd-only", "--weight", 0, "--feature-weight", 0)
-    risen = main(tmp_path / "risen", "--s2sd-only", "--feature-delay", 0, "--ramp", 1, 3)
+    late = main(tmp_path / "late", "--s2sd-only", "--feature-distill-delay", 0, "--ramp", 100, 200)
+    none = main(
+        tmp_path / "none", "--s2sd-only", "--distill-weight", 0, "--feature-distill-weight", 0
+    )
+    risen = main(tmp_path / "risen", "--s2sd-only", "--feature-distill-delay", 0, "--ramp", 1, 3)
     assert final(late, "S2SD")["loss"] == final(none, "S2SD")["loss"] < final(risen, "S2SD")["loss"]
 
 
 def test_the_configuration_of_a_variant_without_features_repeats_too(tmp_path):
     main(tmp_path, "--variant", "msd", "--checkpoint-every", 3)
     args = parsed("--config", tmp_path / "config.json")
-    assert (args.variant, args.feature_weight, args.checkpoint_every) == ("msd", 0, None)
+    assert (args.variant, args.feature_distill_weight, args.checkpoint_every) == ("msd", 0, None)
 
 
 @pytest.mark.parametrize(
@@ -560,7 +566,7 @@ def test_wandb_is_named_where_it_is_missing(tmp_path, capsys, monkeypatch):
 # ---- recipes
 
 PAPER = {
-    "dims": [512, 1024, 1536, 2048], "temperature": 1.0, "weight": 50.0, "feature_delay": 1000,
+    "dims": [512, 1024, 1536, 2048], "temperature": 1.0, "distill_weight": 50.0, "feature_distill_delay": 1000,
     "epochs": 150, "batch_size": 112, "per_class": 2, "optimizer": "adam", "lr": 1e-5,
     "weight_decay": 4e-4, "head_weight_decay": 0.0, "head_lr": 1e-5, "schedule": "constant",
     "image_size": 224, "exclude_self": False, "pretrained": True, "warmup": 0,
@@ -581,14 +587,14 @@ def test_the_recipes_are_the_authors_sample_runs(name, row):
     assert (args.backbone, args.embedding_size, args.freeze_bn) == ROWS[row]
     assert args.dataset == SETS[name]
     if name == "sop":
-        assert (args.variant, args.feature_weight) == ("msdf", 5)
+        assert (args.variant, args.feature_distill_weight) == ("msdf", 5)
         assert (args.loss, args.miner) == ("MarginLoss", "DistanceWeightedMiner")
         loss_func, miner = train.pml_loss(args, 7)
         assert loss_func.beta.tolist() == pytest.approx([1.2] * 7)  # learned, one a class
         assert (loss_func.margin, miner.cutoff, miner.nonzero_loss_cutoff) == (0.2, 0.5, 1.4)
         assert args.loss_lr == 5e-4
     else:
-        assert (args.variant, args.feature_weight) == ("msdfa", 50)
+        assert (args.variant, args.feature_distill_weight) == ("msdfa", 50)
         loss_func, miner = train.pml_loss(args, 7)
         assert (loss_func.alpha, loss_func.beta, loss_func.base) == (2, 40, 0.5)
         assert miner.epsilon == 0.1

@@ -16,7 +16,7 @@ from s2sd_pml.errors import MissingFeaturesError
 def make(**kwargs):
     torch.manual_seed(1)
     model = Model()
-    kwargs = {"head_dims": (8, 9), "feature_delay": 0, "embedder": model.embedder, **kwargs}
+    kwargs = {"head_dims": (8, 9), "feature_distill_delay": 0, "embedder": model.embedder, **kwargs}
     loss_func = S2SDLoss(losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner(), **kwargs)
     return model, loss_func
 
@@ -112,7 +112,7 @@ def test_resume_is_bit_identical():
             optimizer.step()
 
     def fresh():
-        model, loss_func = make(feature_delay=3)
+        model, loss_func = make(feature_distill_delay=3)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         loss_func.add_to(optimizer)
         return model, loss_func, optimizer
@@ -186,7 +186,7 @@ def test_a_compiled_model_without_graph_break_with_explicit_features():
 
 
 @pytest.mark.skipif(torch.__version__ < "2.2", reason="an internal error of torch.compile")
-@pytest.mark.parametrize("settings", [{}, {"weight": 0.0, "feature_weight": 0.0}])
+@pytest.mark.parametrize("settings", [{}, {"distill_weight": 0.0, "feature_distill_weight": 0.0}])
 def test_a_compiled_loss_gives_the_same(settings):
     """PyTorch 2.11 would make gradients of zero of autograd Functions such as ours."""
     torch._dynamo.reset()
@@ -219,5 +219,7 @@ def test_autocast_changes_no_more_than_the_precision_of_the_model(dtype):
 
 
 def test_numpy_numbers_in_a_loop():
-    model, loss_func = make(weight=lambda step: np.float32(2.0), temperature=np.float64(0.5))
+    model, loss_func = make(
+        distill_weight=lambda step: np.float32(2.0), temperature=np.float64(0.5)
+    )
     loss_func(model(images()), labels()).backward()

@@ -63,7 +63,9 @@ def measure(dims: list[int], args) -> dict[str, object]:
         loss, miner = losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()
         parameters = list(model.parameters())
         if s2sd:
-            loss = S2SDLoss(loss, miner, embedder=model.embedder, head_dims=dims, feature_delay=0)
+            loss = S2SDLoss(
+                loss, miner, embedder=model.embedder, head_dims=dims, feature_distill_delay=0
+            )
             parameters += loss.to(args.device).parameters()
         optimizer = torch.optim.Adam(parameters, lr=1e-5, fused=args.fused)
 

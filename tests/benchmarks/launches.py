@@ -58,7 +58,7 @@ def main() -> None:
     labels = torch.arange(args.batch, device=args.device) // 2
     embedder = torch.nn.Linear(args.features, args.embedding_size).to(args.device)
     loss, miner = losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()
-    ours = S2SDLoss(loss, miner, feature_dim=args.features, feature_delay=0).to(args.device)
+    ours = S2SDLoss(loss, miner, feature_dim=args.features, feature_distill_delay=0).to(args.device)
     heads = [branch.head for branch in ours.branches.values()]
     plain = PlainS2SD(loss, miner, heads, γ=50.0, γ_f=50.0)
     widths = [*PAPER_HEAD_DIMS, args.features]

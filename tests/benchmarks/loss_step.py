@@ -27,7 +27,7 @@ def measure(name: str, batch: int, args) -> dict[str, object]:
     embedder = torch.nn.Linear(args.features, args.embedding_size).to(args.device)
     loss, miner = LOSSES[name]()
     ours = S2SDLoss(
-        loss, miner, feature_dim=args.features, head_dims=args.dims, feature_delay=0
+        loss, miner, feature_dim=args.features, head_dims=args.dims, feature_distill_delay=0
     ).to(args.device)
     heads = [branch.head for branch in ours.branches.values()]
     plain = PlainS2SD(loss, miner, heads, γ=50.0, γ_f=50.0)
