@@ -20,7 +20,7 @@ from .errors import ArgumentError, MissingFeaturesError
 from .rows import UnfollowableError, follow_rows
 from .uncompiled import uncompiled
 
-_is_compiling = getattr(torch.compiler, "is_compiling", bool)  # from torch 2.2 on
+is_compiling = getattr(torch.compiler, "is_compiling", bool)  # from torch 2.2 on
 Side = Literal["input", "output"]
 KEY = "s2sd_pml "  # of our hooks among those of a module
 MAX_NODES = 4000  # a walk that long has left the embedder
@@ -250,7 +250,7 @@ class _Watch:
 
 class _PreHook(_Watch):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if _is_compiling():  # one graph break, at the other hook, is enough
+        if is_compiling():  # one graph break, at the other hook, is enough
             return
         capture = self.capture_of(module)
         if capture is not None:

@@ -46,7 +46,7 @@ class Gather:
         self._print = 0  # of the parameters, where they are compared
 
     @contextmanager
-    def agreement(self, embeddings: Any, labels: Any, step: int) -> Iterator[None]:
+    def agreement(self, embeddings: Any, labels: Any, loss: Any) -> Iterator[None]:
         """Check this rank's batch within; at the end all ranks go on, or none.
 
         A rank that refuses its batch would leave the others waiting for it. So the ranks tell each
@@ -66,7 +66,7 @@ class Gather:
             _all_gather(message, self.world_size)
             raise
         types = [TYPES.index(x if x is None else x.dtype) for x in (embeddings, labels)]
-        own = [1, *embeddings.shape, *types, step, self._print]
+        own = [1, *embeddings.shape, *types, loss.step, self._print]
         told = [r.tolist() for r in _all_gather(message.new_tensor(own), self.world_size)]
         if failed := [str(rank) for rank, (fine, *_) in enumerate(told) if not fine]:
             raise DistributedError(
@@ -97,13 +97,13 @@ class Gather:
         # This rank's weight in a mean over ranks: 1 if all hold as many rows.
         self.share = self.sizes[rank] * self.world_size / sum(self.sizes)
 
-    def compare(self, loss: nn.Module, step: int) -> None:
+    def compare(self, loss: Any) -> None:
         """Within ``agreement``: let the ranks compare the loss's parameters, at some steps.
 
         Heads that are built alike and trained apart differ from the first step of the optimizer on.
         """
-        due = self.world_size > 1 and (step & (step - 1) == 0 or step % 256 == 0)
-        if due and not any("FullySharded" in type(m).__name__ for m in loss.modules()):
+        step = loss.step if self.world_size > 1 else 3
+        if (step & (step - 1) == 0 or step % 256 == 0) and not any("FullySharded" in type(m).__name__ for m in loss.modules()):
             self._print = fingerprint(loss.parameters())
 
     def __call__(self, x: T) -> T:
@@ -112,13 +112,12 @@ class Gather:
             return x
         return _gather_rows(x.to(self.device), self.sizes)
 
-    def joined(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    def joined(self, parts: list[Tensor]) -> list[Tensor]:
         """The rows of all ranks of several tensors (B, d_i), in one collective."""
         if self.world_size == 1 or not parts:
             return parts
-        rows = self(torch.cat(list(parts.values()), dim=1))
-        split = torch.split(rows, [part.shape[1] for part in parts.values()], dim=1)
-        return dict(zip(parts, split, strict=True))
+        rows = self(torch.cat(parts, dim=1))
+        return list(torch.split(rows, [part.shape[1] for part in parts], dim=1))
 
     def touch(self, loss: Tensor, modules: Iterable[nn.Module]) -> Tensor:
         """The loss, made to depend on every parameter, with gradient 0.
@@ -131,15 +130,14 @@ class Gather:
         parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
         return loss + sum(p.sum() * 0 for p in parameters)
 
-    def mean(self, total: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
+    def mean(self, x: Tensor) -> Tensor:
         """Turn means over this rank's rows into means over all; the gradient stays this rank's."""
         if self.world_size == 1:
-            return total, each
-        total = total * self.share
-        value = torch.cat([total.detach().reshape(1), each * self.share])
+            return x
+        x = x * self.share
+        value = x.detach().clone()
         dist.all_reduce(value)
-        value /= self.world_size
-        return total + (value[0] - total.detach()), value[1:]
+        return x + (value / self.world_size - x.detach())
 
 
 def fingerprint(parameters: Iterable[Tensor]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,17 +10,27 @@ from pytorch_metric_learning.losses import SelfSupervisedLoss
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 
-from . import checks, distributed, groups, recipes, settings
-from .branch import Branch, metric_loss
-from .capture import FeatureCapture
+from . import distributed, groups, recipes, settings
+from .branches import Batch, Branch, can_stack, metric_loss, metric_losses, stacks
+from .capture import FeatureCapture, is_compiling
 from .cloning import clone_loss, clone_miner
 from .errors import ArgumentError
-from .functional import full_precision, relation_kl
+from .functional import rows_kl, similarity_kl
 from .guard import OptimizerGuard
 from .heads import POOLINGS, Pooling, ProjectionHead, Unowned, pool
-from .settings import value_of
-from .sharing import SharedIndices
+from .similarity import cosine_block, full_precision
+from .stacking import is_cosine, stacked_losses
 from .unrecorded import UnrecordedModuleDict
+from .validation import (
+    captured,
+    check_batch,
+    check_floating,
+    check_gatherable,
+    check_rows,
+    check_settings,
+    check_width,
+    weight_at,
+)
 
 Schedule = float | Callable[[int], float]
 RECORDS = ["base_loss", "aux_loss", "distill_loss", "feature_distill_loss"]
@@ -92,7 +102,6 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
 
     loss: nn.Module
     miner: nn.Module | None
-    step: Tensor
 
     def __init__(
         self,
@@ -141,10 +150,12 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
                 else settings.made_by(loss, dim),
                 None if miner is None else clone_miner(miner),
             )
-        settings.independent("loss", [self.loss, *(b.loss for _, b in self._branches())])
-        settings.independent("head", [b.head for _, b in self._branches()])
+        settings.independent("loss", [self.loss, *(b.loss for b in self._branches())])
+        settings.independent("head", [b.head for b in self._branches()])
         settings.takes_pairs(self.loss, miner)
-        self.register_buffer("step", torch.tensor(0))
+        self._stacks = stacks(*self._losses_and_miners())
+        self.register_buffer("_compiled_steps", torch.tensor(0), persistent=False)
+        self.step = 0
         self.capture: FeatureCapture | None = None
         if self._distils and embedder is not None:
             self.capture = FeatureCapture(embedder, "input")
@@ -236,79 +247,33 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         self.reset_stats()
         if isinstance(self.loss, SelfSupervisedLoss) and ref_emb is None:
             labels, ref_emb = None, labels  # that loss is called with (embeddings, ref_emb)
-        if not self.training:
-            checks.batch(embeddings, labels, indices_tuple, ref_emb, self.loss)
-            args = (labels, indices_tuple, ref_emb, ref_labels)
-            loss = metric_loss(self.loss, self.miner, embeddings, *args)
-            return self._finish(loss, loss, [], loss.new_zeros(0))
-
-        step = int(self.step)
+        batch = Batch(labels, indices_tuple, ref_labels)
+        if not self.training or (features is None and not torch.is_grad_enabled()):
+            return self._base_loss_alone(embeddings, batch, ref_emb)
         gather = distributed.Gather(self.gather_distributed)
-        with gather.agreement(embeddings, labels, step):
-            settings.scalars(self)  # they may be set between steps
-            checks.batch(embeddings, labels, indices_tuple, ref_emb, self.loss)
-            checks.gatherable(gather.world_size, indices_tuple, ref_emb)
-            φ = self._features(features, embeddings, "features")
-            # a head may refuse its batch too; alone, the base loss comes first
-            early = self._project(φ) if gather.world_size > 1 else None
-            gather.compare(self, step)
-        ψ, labels = gather(embeddings), gather(labels)
-
-        # 1/2 [ L(ψ) + mean_i L(g_i(φ)) ]
-        listed = SharedIndices(labels, ψ.device)
-        base = metric_loss(
-            self.loss, self.miner, ψ, labels, indices_tuple, ref_emb, ref_labels, listed
+        ψ, g, φ, refs, batch = self._inputs(
+            gather, embeddings, batch, ref_emb, features, ref_features
         )
-        joined = gather.joined(self._project(φ) if early is None else early)
-        projected = {name: full_precision(z) for name, z in joined.items()}
-        projected_ref = projected
-        if self.head_dims and ref_emb is not embeddings:
-            projected_ref = self._project(self._features(ref_features, ref_emb, "ref_features"))
-        branch_losses = [
-            branch.metric_loss(
-                projected[name],
-                labels,
-                indices_tuple if branch.miner is None else None,
-                projected_ref.get(name),
-                ref_labels,
-                listed,
-            )
-            for name, branch in self._branches()
-        ]
-        aux = [value for value, _ in branch_losses]
-        loss = (base + torch.stack(aux).mean()) / 2 if aux else base
+        γ, γ_f = self._weight("distill_weight"), self._weight("feature_distill_weight")
 
-        # γ mean_i KL(g_i(φ) -> ψ) + γ_f KL(φ -> ψ)
-        γ, γ_f = (
-            value_of(n, getattr(self, n), step)
-            for n in ("distill_weight", "feature_distill_weight")
-        )
-        teachers, weights = list(projected.values()), [γ / len(aux) for _ in aux]
-        cosines = [known for _, known in branch_losses]
-        if φ is not None and self._distils_features and step >= self.feature_distill_delay:
-            teachers, weights = [*teachers, gather(φ.detach())], [*weights, γ_f]
-            cosines.append(None)
-        kl = loss.new_zeros(0)
-        if teachers:
-            distillation, kl = relation_kl(
-                ψ,
-                teachers,
-                weights=weights,
-                temperature=self.temperature,
-                exclude_self=self.exclude_self,
-                chunk_size=self.chunk_size,
-                rows=gather.own_rows,
-                cosines=cosines,
-            )
-            distillation, kl = gather.mean(distillation, kl)
-            loss = loss + distillation
-        loss = gather.touch(loss, [self.loss, *(branch.loss for _, branch in self._branches())])
+        with torch.autocast(ψ.device.type, enabled=False):
+            stacked = self._can_stack([ψ, *g], refs, batch)
+            S = self._similarities(ψ, g, φ, stacked)
+            L = self._metric_losses(S, [ψ, *g], refs, batch, stacked)
+            kl = gather.mean(self._relation_kl(S, ψ, [*g, *φ], gather.own_rows))
 
-        if any(a.requires_grad for a in aux):
-            self._guard.check({name: branch.head for name, branch in self._branches()}, embeddings)
+            # 1/2 [ L(ψ) + mean_i L_i(g_i(φ)) ] + γ mean_i KL(g_i(φ) -> ψ) + γ_f KL(φ -> ψ)
+            m = len(g)
+            loss = (L[0] + L[1:].mean()) / 2 + γ * kl[:m].mean() if m else L[0]
+            loss = loss + γ_f * kl[m] if φ else loss
+
+        loss = gather.touch(loss, [self.loss, *(branch.loss for branch in self._branches())])
+        self._record(L.detach(), kl.detach())
+        if L[1:].requires_grad:
+            self._guard.check(self._heads(), embeddings)
         if torch.is_grad_enabled():
-            self.step.add_(1)
-        return self._finish(loss, base, aux, kl)
+            self._tick()
+        return loss
 
     def project(self, features: Tensor) -> dict[int, Tensor]:
         """The heads as embedders, for evaluating the teachers.
@@ -322,7 +287,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         projected = self._project(self._pooled(features, "features"))
         return {
             d: nn.functional.normalize(z, dim=1)
-            for d, z in zip(self.head_dims, projected.values(), strict=True)
+            for d, z in zip(self.head_dims, projected, strict=True)
         }
 
     def param_groups(
@@ -336,7 +301,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
             loss_lr: learning rate of the losses' own parameters, such as proxies or a learnable
                 margin; default ``lr``.
         """
-        heads = [p for _, branch in self._branches() for p in branch.head.parameters()]
+        heads = [p for branch in self._branches() for p in branch.head.parameters()]
         return groups.split(self, heads, lr, weight_decay, lr if loss_lr is None else loss_lr)
 
     def add_to(self, optimizer: torch.optim.Optimizer, **group: Any) -> S2SDLoss:
@@ -367,6 +332,35 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
 
     @property
+    def step(self) -> int:
+        """Training forwards so far. Compiled ones are counted on the device."""
+        return self._steps + (int(self._compiled_steps) if self._compiled else 0)
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._steps, self._compiled = int(step), False
+        self._compiled_steps.zero_()
+
+    def _tick(self) -> None:
+        if is_compiling():  # a number of a module is a constant to torch.compile
+            self._compiled = True
+            self._compiled_steps.add_(1)
+        else:
+            self._steps += 1
+
+    def get_extra_state(self) -> Tensor:
+        """The step, as a tensor: some formats of checkpoints hold nothing else."""
+        return torch.tensor(self.step)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.step = int(state)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if f"{prefix}step" in state_dict:  # a buffer, in former checkpoints
+            state_dict[f"{prefix}_extra_state"] = state_dict.pop(f"{prefix}step")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
     def _distils_features(self) -> bool:
         return callable(self.feature_distill_weight) or self.feature_distill_weight != 0
 
@@ -374,52 +368,146 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
     def _distils(self) -> bool:
         return bool(self.head_dims) or self._distils_features
 
-    def _branches(self) -> Iterable[tuple[str, Branch]]:
-        return self.branches.items()  # type: ignore[return-value]
+    def _heads(self) -> dict[str, nn.Module]:
+        return {name: branch.head for name, branch in self.branches.items()}  # type: ignore[misc]
 
-    def _features(
-        self, features: Tensor | None, embeddings: Tensor | None, name: str
-    ) -> Tensor | None:
+    def _branches(self) -> list[Branch]:
+        return list(self.branches.values())  # type: ignore[arg-type]
+
+    def _base_loss_alone(self, embeddings: Tensor, batch: Batch, ref_emb: Tensor | None) -> Tensor:
+        """The loss of the embeddings, as without S2SD."""
+        check_batch(embeddings, batch.labels, batch.indices_tuple, ref_emb, self.loss)
+        loss = metric_loss(self.loss, self.miner, embeddings, batch, ref_emb)
+        self._record(loss.detach().reshape(1), loss.new_zeros(0))
+        return loss
+
+    def _inputs(
+        self,
+        gather: distributed.Gather,
+        embeddings: Tensor,
+        batch: Batch,
+        ref_emb: Tensor | None,
+        features: Tensor | None,
+        ref_features: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor | None], Batch]:
+        """The checked global batch.
+
+        Returns:
+            ψ, g_i(φ) of every head, [φ] (empty where it does not teach at this step), the
+            reference embeddings of every space, and what the losses take beside them.
+        """
+        with gather.agreement(embeddings, batch.labels, self):
+            check_settings(self)
+            check_batch(embeddings, batch.labels, batch.indices_tuple, ref_emb, self.loss)
+            check_gatherable(gather.world_size, batch.indices_tuple, ref_emb)
+            φ = self._features(features, embeddings, "features")
+            g = self._project(φ)
+            gather.compare(self)
+        ψ, g = gather(full_precision(embeddings)), gather.joined([full_precision(z) for z in g])
+        batch = batch._replace(labels=gather(batch.labels))
+        delay = self.feature_distill_delay
+        teaches = self._distils_features and (is_compiling() or self.step >= delay)
+        teacher = [gather(full_precision(φ.detach()))] if φ is not None and teaches else []
+        refs: list[Tensor | None] = [None] * (1 + len(g))
+        if ref_emb is embeddings:
+            refs = [ψ, *g]
+        elif ref_emb is not None:
+            refs = [ref_emb]
+            if g:
+                refs += self._project(self._features(ref_features, ref_emb, "ref_features"))
+        return ψ, g, teacher, refs, batch
+
+    def _features(self, features: Tensor | None, embeddings: Tensor, name: str) -> Tensor | None:
         """Pooled features φ of these embeddings: those given, or else those captured."""
-        if embeddings is None or not self._distils:
+        if not self._distils:
             return None
         if features is None:
-            features = checks.captured(self.capture, embeddings, name)
-        checks.same_rows(features, embeddings, name)
+            features = captured(self.capture, embeddings, name)
+        check_rows(features, embeddings, name)
         return self._pooled(features, name)
 
     def _pooled(self, features: Tensor, name: str) -> Tensor:
-        checks.floating(features, name)
+        check_floating(features, name)
         pooled = pool(features, self.pooling)
-        checks.width(pooled, self.feature_dim, tuple(features.shape), name)
+        check_width(pooled, self.feature_dim, tuple(features.shape), name)
         return pooled
 
-    def _project(self, features: Tensor | None) -> dict[str, Tensor]:
-        """g_i(φ) by name of the branch."""
+    def _project(self, features: Tensor | None) -> list[Tensor]:
+        """g_i(φ) for every head."""
         if features is None:
-            return {}
+            return []
         parameter = next(self.branches.parameters(), None)
         if parameter is not None and parameter.device != features.device:
             self.to(features.device)  # as PML's losses move their parameters themselves
-        return {
-            name: branch.project(features, dim)
-            for (name, branch), dim in zip(self._branches(), self.head_dims, strict=True)
-        }
+        return [
+            branch.project(features, dim)
+            for branch, dim in zip(self._branches(), self.head_dims, strict=True)
+        ]
 
-    def _finish(self, loss: Tensor, base: Tensor, aux: list[Tensor], kl: Tensor) -> Tensor:
+    def _can_stack(self, spaces: list[Tensor], refs: list[Tensor | None], batch: Batch) -> bool:
+        return self._stacks and can_stack(*self._losses_and_miners(), spaces, refs, batch)
+
+    def _losses_and_miners(self) -> tuple[list[nn.Module], list[nn.Module | None]]:
+        every = [self, *self._branches()]
+        return [of.loss for of in every], [of.miner for of in every]
+
+    def _similarities(
+        self, ψ: Tensor, g: list[Tensor], φ: list[Tensor], stacked: bool
+    ) -> Tensor | None:
+        """cos of every space, (1 + m, B, B) and that of φ; None where it is made in chunks."""
+        if self.chunk_size is not None or not (g or φ):
+            return None
+        learns = stacked and is_cosine(self.loss.distance)  # the metric losses are made of it
+        teachers = [*(g if learns else [z.detach() for z in g]), *φ]
+        return cosine_block([ψ, *(t.to(ψ.dtype) for t in teachers)])
+
+    def _metric_losses(
+        self,
+        S: Tensor | None,
+        spaces: list[Tensor],
+        refs: list[Tensor | None],
+        batch: Batch,
+        stacked: bool,
+    ) -> Tensor:
+        """L of every space, (spaces,)."""
+        losses, miners = self._losses_and_miners()
+        if stacked:
+            cosines = None if S is None else S[: len(spaces)]
+            return stacked_losses(losses, miners, spaces, *batch[:2], cosines)
+        values = metric_losses(losses, miners, spaces, refs, batch)
+        return torch.stack([value.to(spaces[0].dtype) for value in values])
+
+    def _relation_kl(
+        self, S: Tensor | None, ψ: Tensor, teachers: list[Tensor], own_rows: tuple[int, int] | None
+    ) -> Tensor:
+        """KL(teacher -> ψ) of every teacher, over this rank's rows."""
+        start, stop = own_rows or (0, len(ψ))
+        options = {"temperature": self.temperature, "exclude_self": self.exclude_self}
+        if S is None:
+            kl = rows_kl(ψ, teachers, (start, stop), chunk_size=self.chunk_size, **options)
+        else:
+            kl = similarity_kl(S[0, start:stop], S[1:, start:stop], start, **options)
+        if is_compiling() and len(teachers) > len(self.head_dims):
+            due = self._compiled_steps + self._steps >= self.feature_distill_delay
+            kl = torch.cat([kl[:-1], kl[-1:] * due])
+        return kl
+
+    def _weight(self, name: str) -> float:
+        weight = getattr(self, name)
+        return weight_at(name, weight, self.step if callable(weight) else 0)
+
+    def _record(self, L: Tensor, kl: Tensor) -> None:
         """Keep the components, all keys every time: loggers want series of equal length."""
-        zero, heads = loss.new_zeros(()), range(len(self.head_dims))
-        terms = [a.detach() for a in aux] or [zero for _ in heads]
-        divergences = list(kl[: len(heads)]) or [zero for _ in heads]
+        zero, m = L.new_zeros(()), len(self.head_dims)
         self.components = {
-            "base": base.detach(),
-            "aux": torch.stack(terms).mean() if terms else zero,
-            "distill": torch.stack(divergences).mean() if divergences else zero,
-            "feature_distill": kl[len(heads)] if len(kl) > len(heads) else zero,
+            "base": L[0],
+            "aux": L[1:].mean() if len(L) > 1 else zero,
+            "distill": kl[:m].mean() if len(kl) and m else zero,
+            "feature_distill": kl[m] if len(kl) > m else zero,
         }
-        for dim, term, divergence in zip(self.head_dims, terms, divergences, strict=True):
-            self.components |= {f"aux_{dim}": term, f"distill_{dim}": divergence}
+        for i, dim in enumerate(self.head_dims):
+            self.components[f"aux_{dim}"] = L[1 + i] if len(L) > 1 else zero
+            self.components[f"distill_{dim}"] = kl[i] if len(kl) else zero
         if self.collect_stats:
             for record in RECORDS:
                 setattr(self, record, self.components[record.removesuffix("_loss")].item())
-        return loss
