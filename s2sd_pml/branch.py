@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks
-from .errors import FeatureShapeError, UnsupportedLossError
+from . import validation
+from .errors import BatchError
 from .functional import full_precision
 from .sharing import SharedDistance, SharedIndices, share_distance
 
@@ -33,7 +33,7 @@ class Branch(nn.Module):
             features = features.to(parameter.dtype)
         embeddings: Tensor = self.head(features)
         if embeddings.shape != (len(features), dim):
-            raise FeatureShapeError(
+            raise BatchError(
                 f"The head for dimension {dim} turned features of shape {tuple(features.shape)} "
                 f"into {tuple(embeddings.shape)}. It must return ({len(features)}, {dim})."
             )
@@ -87,20 +87,12 @@ def metric_loss(
                 loss(embeddings, **given) if labels is None else loss(embeddings, labels, **given)
             )
         except Exception as error:
-            if not checks.is_refusal(error, loss, embeddings, labels):
+            refusal = validation.refused(error, loss, miner, embeddings, labels, passed)
+            if refusal is None:
                 raise
-            raise checks.refused(loss, miner, embeddings, labels, passed, error) from error
-    if isinstance(value, dict):
-        raise UnsupportedLossError(
-            f"{type(loss).__name__} returned a dict with keys {sorted(value)}: its reducer does "
-            "not reduce. Give it a reducer that returns a scalar, such as MeanReducer()."
-        )
+            raise refusal from error
+    validation.check_loss_value(value, loss)
     if not isinstance(value, Tensor):  # PML returns the number 0 where a batch holds no pairs
         return embeddings.sum() * 0 + float(value)
-    if value.numel() != 1:
-        raise UnsupportedLossError(
-            f"{type(loss).__name__} returned a tensor of shape {tuple(value.shape)}. "
-            "A base loss must return a scalar: reduce it, for example with .mean()."
-        )
     scalar: Tensor = value.reshape(())
     return scalar

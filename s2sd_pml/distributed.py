@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .errors import DistributedError, DistributedWarning
+from .errors import DistributedError, S2SDWarning
 from .guard import outside
 from .uncompiled import uncompiled
 
@@ -87,7 +87,7 @@ class Gather:
                 f"The parameters of heads and losses differ between the {self.world_size} ranks, "
                 "so the heads' embeddings of the global batch are not of one space. Mend: wrap "
                 "the loss as the model is, DistributedDataParallel(loss_func).",
-                DistributedWarning,
+                S2SDWarning,
                 stacklevel=outside(),
             )
         self.sizes = [rows for _, rows, *_ in told]

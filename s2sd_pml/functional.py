@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, BatchError
 from .kernel import distil
-from .ranges import is_weight, positive, whole
+from .validation import check_positive, check_weight, check_whole
 
 
 def relation_kl(
@@ -157,11 +157,11 @@ def _validate(
         raise ArgumentError(
             f"weights={weights!r} for {len(teachers)} teachers. Pass a list, one for each teacher."
         )
-    if not all(is_weight(weight) for weight in weights):
-        raise ArgumentError(f"weights={list(weights)!r}: each must be finite and at least 0.")
-    positive("temperature", temperature)
+    for j, weight in enumerate(weights):
+        check_weight(f"weights[{j}]", weight)
+    check_positive("temperature", temperature)
     if chunk_size is not None:
-        whole("chunk_size", chunk_size, at_least=1, otherwise=" or None")
+        check_whole("chunk_size", chunk_size, at_least=1, otherwise=" or None")
     if rows is not None:
         pair = isinstance(rows, tuple) and [isinstance(r, int) for r in rows] == [True, True]
         if not pair or not 0 <= rows[0] < rows[1] <= len(student):

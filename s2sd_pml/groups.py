@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn, optim
 
-from .errors import ArgumentError, OptimizerError
-from .ranges import is_weight
+from .errors import ArgumentError
+from .validation import check_weight
 
 
 def split(
@@ -19,8 +19,7 @@ def split(
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("loss_lr", loss_lr)):
         if value is None and name != "weight_decay":  # an optimizer that chooses its own
             continue
-        if not is_weight(float(value) if isinstance(value, Tensor) else value):
-            raise ArgumentError(f"{name}={value!r} must be a finite number of at least 0.")
+        check_weight(name, value)
     ids = _ids(heads)
     others = [p for p in loss.parameters() if id(p) not in ids]
     both = [
@@ -33,9 +32,9 @@ def split(
 def check(optimizer: optim.Optimizer, options: dict[str, Any]) -> None:
     """Refuse what is no optimizer or has a scheduler, and options that it would not heed."""
     if not isinstance(optimizer, optim.Optimizer):
-        raise OptimizerError(f"add_to needs a torch optimizer, not {type(optimizer).__name__}.")
+        raise ArgumentError(f"add_to needs a torch optimizer, not {type(optimizer).__name__}.")
     if any("initial_lr" in group for group in optimizer.param_groups):
-        raise OptimizerError(
+        raise ArgumentError(
             f"A scheduler was built already for this {type(optimizer).__name__} with "
             f"{len(optimizer.param_groups)} groups and would not know new ones. "
             "Call loss_func.add_to(optimizer) before you build the scheduler, and before you load "
@@ -44,7 +43,7 @@ def check(optimizer: optim.Optimizer, options: dict[str, Any]) -> None:
     known = {"name", *_defaults(optimizer), *(k for g in optimizer.param_groups for k in g)}
     known -= {"params", "lr", "weight_decay"}
     if unknown := sorted(set(options) - known):
-        raise OptimizerError(
+        raise ArgumentError(
             f"{type(optimizer).__name__} has no option {', '.join(unknown)}. There are lr, "
             f"weight_decay and loss_lr, and of its own {', '.join(sorted(known))}. With "
             "others, for a scheduler say, add the groups of loss_func.param_groups(...) yourself."
@@ -67,7 +66,7 @@ def rate(optimizer: optim.Optimizer, loss: nn.Module) -> Any:
     if not rates or ours <= _held(optimizer) or (own is not None and float(own) in rates):
         return own
     if len(rates) > 1:
-        raise OptimizerError(
+        raise ArgumentError(
             f"The groups of this {type(optimizer).__name__} have learning rates {sorted(rates)}, "
             f"and none of them its own lr={own}. Say which one the heads get: add_to(..., lr=...)."
         )

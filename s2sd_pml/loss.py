@@ -10,15 +10,14 @@ from pytorch_metric_learning.losses import SelfSupervisedLoss
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 
-from . import checks, distributed, groups, recipes, settings
+from . import cloning, distributed, groups, recipes, validation
 from .branch import Branch, metric_loss
 from .capture import FeatureCapture
-from .cloning import clone_loss, clone_miner
+from .cloning import clone_loss, clone_miner, made_by
 from .errors import ArgumentError
 from .functional import full_precision, relation_kl
 from .guard import OptimizerGuard
-from .heads import POOLINGS, Pooling, ProjectionHead, Unowned, pool
-from .settings import value_of
+from .heads import POOLINGS, Pooling, ProjectionHead, Unowned, output_width, pool
 from .sharing import SharedIndices
 from .unrecorded import UnrecordedModuleDict
 
@@ -69,7 +68,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         capture: the FeatureCapture in use, or None. Assign one after unpickling a loss.
 
     Raises:
-        S2SDError: a subclass, whose message names the values seen and the mend.
+        S2SDError: a subclass, whose message reports the offending value and suggests a fix.
 
     Source:
         Roth et al., "Simultaneous Similarity-based Self-Distillation for Deep Metric Learning",
@@ -123,27 +122,30 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         self.exclude_self = exclude_self
         self.chunk_size = chunk_size
         self.gather_distributed = gather_distributed
-        self.head_dims = settings.head_dims(head_dims)
-        settings.scalars(self)
-        settings.modules(loss, miner, embedder, trunk, head)
-        self.feature_dim = settings.feature_dim(
+        self.head_dims = validation.check_head_dims(head_dims)
+        validation.check_settings(self)
+        validation.check_parts(loss, miner, embedder, trunk, head)
+        self.feature_dim = validation.check_feature_dim(
             feature_dim, embedder, trunk, plain_pooling=pooling in POOLINGS, needed=self._distils
         )
-        self.loss = settings.base_loss(loss, embedding_size, embedder)
+        if embedding_size is not None:
+            validation.check_whole("embedding_size", embedding_size, at_least=1)
+        elif embedder is not None:
+            embedding_size = output_width(embedder)
+        self.loss = cloning.make_loss(loss, embedding_size)
+        validation.check_supported(self.loss)
         self.miner = miner
         self.branches = UnrecordedModuleDict()
         for dim in self.head_dims:
             assert self.feature_dim is not None
             self.branches[f"head_{dim}"] = Branch(
-                settings.head_module(head(self.feature_dim, dim), self.feature_dim, dim),
-                clone_loss(loss, dim)
-                if isinstance(loss, nn.Module)
-                else settings.made_by(loss, dim),
+                validation.check_head(head(self.feature_dim, dim), self.feature_dim, dim),
+                clone_loss(loss, dim) if isinstance(loss, nn.Module) else made_by(loss, dim),
                 None if miner is None else clone_miner(miner),
             )
-        settings.independent("loss", [self.loss, *(b.loss for _, b in self._branches())])
-        settings.independent("head", [b.head for _, b in self._branches()])
-        settings.takes_pairs(self.loss, miner)
+        cloning.check_independent("loss", [self.loss, *(b.loss for _, b in self._branches())])
+        cloning.check_independent("head", [b.head for _, b in self._branches()])
+        validation.check_takes_pairs(self.loss, miner)
         self.register_buffer("step", torch.tensor(0))
         self.capture: FeatureCapture | None = None
         if self._distils and embedder is not None:
@@ -237,7 +239,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         if isinstance(self.loss, SelfSupervisedLoss) and ref_emb is None:
             labels, ref_emb = None, labels  # that loss is called with (embeddings, ref_emb)
         if not self.training:
-            checks.batch(embeddings, labels, indices_tuple, ref_emb, self.loss)
+            validation.check_batch(embeddings, labels, indices_tuple, ref_emb, self.loss)
             args = (labels, indices_tuple, ref_emb, ref_labels)
             loss = metric_loss(self.loss, self.miner, embeddings, *args)
             return self._finish(loss, loss, [], loss.new_zeros(0))
@@ -245,9 +247,9 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         step = int(self.step)
         gather = distributed.Gather(self.gather_distributed)
         with gather.agreement(embeddings, labels, step):
-            settings.scalars(self)  # they may be set between steps
-            checks.batch(embeddings, labels, indices_tuple, ref_emb, self.loss)
-            checks.gatherable(gather.world_size, indices_tuple, ref_emb)
+            validation.check_settings(self)  # they may be set between steps
+            validation.check_batch(embeddings, labels, indices_tuple, ref_emb, self.loss)
+            validation.check_gatherable(gather.world_size, indices_tuple, ref_emb)
             φ = self._features(features, embeddings, "features")
             # a head may refuse its batch too; alone, the base loss comes first
             early = self._project(φ) if gather.world_size > 1 else None
@@ -280,7 +282,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
 
         # γ mean_i KL(g_i(φ) -> ψ) + γ_f KL(φ -> ψ)
         γ, γ_f = (
-            value_of(n, getattr(self, n), step)
+            validation.weight_at(n, getattr(self, n), step)
             for n in ("distill_weight", "feature_distill_weight")
         )
         teachers, weights = list(projected.values()), [γ / len(aux) for _ in aux]
@@ -349,7 +351,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
             **group: lr, weight_decay, loss_lr, and further options of the optimizer's groups.
 
         Raises:
-            OptimizerError: if a scheduler holds the optimizer's groups already, if they leave open
+            ArgumentError: if a scheduler holds the optimizer's groups already, if they leave open
                 which learning rate to take, or for an option that the optimizer does not have.
 
         Parameters that the optimizer holds already are left where they are.
@@ -384,14 +386,14 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         if embeddings is None or not self._distils:
             return None
         if features is None:
-            features = checks.captured(self.capture, embeddings, name)
-        checks.same_rows(features, embeddings, name)
+            features = validation.check_capture(self.capture, name).features_of(embeddings, name)
+        validation.check_rows(features, embeddings, name)
         return self._pooled(features, name)
 
     def _pooled(self, features: Tensor, name: str) -> Tensor:
-        checks.floating(features, name)
+        validation.check_floating(features, name)
         pooled = pool(features, self.pooling)
-        checks.width(pooled, self.feature_dim, tuple(features.shape), name)
+        validation.check_width(pooled, self.feature_dim, tuple(features.shape), name)
         return pooled
 
     def _project(self, features: Tensor | None) -> dict[str, Tensor]:
