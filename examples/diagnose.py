@@ -58,7 +58,7 @@ def terms(loss_func: S2SDLoss, embeddings: Tensor, labels: Tensor, features: Ten
     The objective is linear in its weights, so a term is the difference of two values.
     """
     step, before = (
-        loss_func.step.clone(),
+        loss_func.step,
         (loss_func.distill_weight, loss_func.feature_distill_weight),
     )
     delay, loss_func.feature_distill_delay = loss_func.feature_distill_delay, 0
@@ -66,7 +66,7 @@ def terms(loss_func: S2SDLoss, embeddings: Tensor, labels: Tensor, features: Ten
     def value(weight: float, feature_distill_weight: float) -> Tensor:
         loss_func.distill_weight, loss_func.feature_distill_weight = weight, feature_distill_weight
         result: Tensor = loss_func(embeddings, labels, features=features)
-        loss_func.step.copy_(step)
+        loss_func.step = step
         return result
 
     base = loss_func.eval()(embeddings, labels) / 2

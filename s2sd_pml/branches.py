@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pytorch_metric_learning
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import stacking
-from .errors import DistributedWarning
-from .guard import outside
+from .errors import BatchError, S2SDWarning
+from .optimizer import outside
 from .similarity import full_precision
-from .validation import check_head_output, check_loss_value, is_refusal, refused
+from .validation import check_loss_value, refused
 
 
 class Branch(nn.Module):
@@ -32,85 +31,108 @@ class Branch(nn.Module):
         if parameter is not None:
             features = features.to(parameter.dtype)
         embeddings: Tensor = self.head(features)
-        check_head_output(embeddings, features, dim)
+        if embeddings.shape != (len(features), dim):
+            raise BatchError(
+                f"The head for dimension {dim} turned features of shape {tuple(features.shape)} "
+                f"into {tuple(embeddings.shape)}. It must return ({len(features)}, {dim})."
+            )
         return embeddings
 
 
 class Batch(NamedTuple):
-    """What a metric loss is called with beside embeddings."""
+    """What metric losses are called with: the embeddings of every space, and the rest."""
 
+    spaces: list[Tensor]
+    refs: list[Tensor | None]  # reference embeddings of every space
     labels: Tensor | None = None
     indices_tuple: Any = None
     ref_labels: Tensor | None = None
 
 
-def called(loss: Any, miner: Any) -> str:
-    """The names of a loss and its miner."""
-    return type(loss).__name__ + ("" if miner is None else f" with {type(miner).__name__}")
+class MetricLosses(NamedTuple):
+    """The losses and miners of all spaces."""
 
+    losses: list[Any]
+    miners: list[Any]
 
-def stacks(losses: Sequence[Any], miners: Sequence[Any]) -> bool:
-    """Whether the losses can be stacked and give PML's own values and gradients then."""
-    if len(losses) < 2 or not stacking.stackable(losses, miners):
+    def agree_with_pml(self) -> bool:
+        """Whether they can be stacked, and give PML's own values and gradients then."""
+        loss, miner = self.losses[0], self.miners[0]
+        if len(self.losses) < 2 or not stacking.stackable(self.losses, self.miners):
+            return False
+        if stacking.agrees_with_pml(loss, miner):
+            return True
+        warnings.warn(
+            f"{type(loss).__name__} of pytorch-metric-learning "
+            f"{pytorch_metric_learning.__version__} gives other values for all heads at once than "
+            "for each alone. It is computed for each alone, which is slower.",
+            S2SDWarning,
+            stacklevel=outside(),
+        )
         return False
-    if stacking.agrees_with_pml(losses[0], miners[0]):
-        return True
-    names = type(losses[0]).__name__ + (
-        "" if miners[0] is None else f" with {type(miners[0]).__name__}"
-    )
-    warnings.warn(
-        f"{names} of this pytorch-metric-learning {pytorch_metric_learning.__version__} gives other "
-        "values for all spaces at once than space by space. It is computed space by space, which "
-        "is slower.",
-        S2SDWarning,
-        stacklevel=outside(),
-    )
-    return False
 
+    def can_stack(self, batch: Batch) -> bool:
+        """Whether those of this batch can be computed at once."""
+        return (
+            batch.labels is not None
+            and batch.labels.ndim == 1
+            and batch.ref_labels is None
+            and all(ref is None for ref in batch.refs)
+            and len({(x.dtype, x.device) for x in batch.spaces}) == 1
+            and (batch.indices_tuple is None or self.miners[0] is None)
+            and stacking.stackable(self.losses, self.miners)
+        )
 
-def can_stack(
-    losses: Sequence[Any], miners: Sequence[Any], spaces: Sequence[Tensor], refs: Any, batch: Batch
-) -> bool:
-    """Whether this batch's metric losses can be computed at once."""
-    return (
-        len(losses) > 1
-        and batch.labels is not None
-        and batch.labels.ndim == 1
-        and batch.ref_labels is None
-        and all(ref is None for ref in refs)
-        and len({(x.dtype, x.device) for x in spaces}) == 1
-        and (batch.indices_tuple is None or miners[0] is None)
-        and stacking.stackable(losses, miners)
-    )
+    def stacked(self, batch: Batch, cosines: Tensor | None) -> Tensor:
+        """(spaces,), by one call. ``cosines`` are those of the spaces, where they are known."""
+        loss, labels = self.losses[0], batch.labels
+        assert labels is not None
+        try:
+            return stacking.stacked_losses(
+                *self, batch.spaces, labels.to(batch.spaces[0].device), batch.indices_tuple, cosines
+            )
+        except Exception as error:
+            refusal = refused(error, loss, self.miners[0], batch.spaces[0], labels, ())
+            if refusal is None:
+                raise
+            raise refusal from error
 
+    def one_by_one(self, batch: Batch) -> Tensor:
+        """(spaces,), each by its own loss and miner.
 
-def metric_losses(
-    losses: Sequence[Any],
-    miners: Sequence[Any],
-    spaces: Sequence[Tensor],
-    refs: Sequence[Tensor | None],
-    batch: Batch,
-) -> list[Tensor]:
-    """One scalar a space, each by its own loss and miner.
-
-    Given pairs serve every space without miners; with miners, they serve the first space only.
-    """
-    values = []
-    for k, (loss, miner, x, ref) in enumerate(zip(losses, miners, spaces, refs, strict=True)):
-        own = batch if k == 0 or miner is None else batch._replace(indices_tuple=None)
-        values.append(metric_loss(loss, miner, x, own, ref))
-    return values
+        Given pairs serve every space without miners; with miners, they serve the first space only.
+        """
+        values = []
+        for k, miner in enumerate(self.miners):
+            pairs = batch.indices_tuple if k == 0 or miner is None else None
+            values.append(
+                metric_loss(
+                    self.losses[k],
+                    miner,
+                    batch.spaces[k],
+                    batch.labels,
+                    pairs,
+                    batch.refs[k],
+                    batch.ref_labels,
+                ).to(batch.spaces[0].dtype)
+            )
+        return torch.stack(values)
 
 
 def metric_loss(
-    loss: Any, miner: Any, embeddings: Tensor, batch: Batch, ref_emb: Tensor | None = None
+    loss: Any,
+    miner: Any,
+    embeddings: Tensor,
+    labels: Tensor | None,
+    indices_tuple: Any = None,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
 ) -> Tensor:
     """L(embeddings) in float32 (float64 stays), autocast off: a scalar.
 
     A given ``indices_tuple`` replaces the miner. Only what was given is passed on: PML compares
     ``ref_emb`` with ``embeddings`` by identity, and some losses take fewer arguments.
     """
-    labels, indices_tuple, ref_labels = batch
     with torch.autocast(embeddings.device.type, enabled=False):
         same = ref_emb is embeddings
         embeddings = full_precision(embeddings)
@@ -119,6 +141,7 @@ def metric_loss(
             given["ref_emb"] = embeddings if same else full_precision(ref_emb)
         if ref_labels is not None:
             given["ref_labels"] = ref_labels
+        passed = [*given, *([] if indices_tuple is None else ["indices_tuple"])]
         try:
             if indices_tuple is None and miner is not None:
                 indices_tuple = miner(embeddings, labels, **given)
@@ -128,7 +151,12 @@ def metric_loss(
                 loss(embeddings, **given) if labels is None else loss(embeddings, labels, **given)
             )
         except Exception as error:
-            if not is_refusal(error, loss, embeddings, labels):
+            refusal = refused(error, loss, miner, embeddings, labels, passed)
+            if refusal is None:
                 raise
-            raise refused(loss, miner, embeddings, labels, list(given), error) from error
-    return check_loss_value(value, loss, embeddings)
+            raise refusal from error
+    check_loss_value(value, loss)
+    if not isinstance(value, Tensor):  # PML returns the number 0 where a batch holds no pairs
+        return embeddings.sum() * 0 + float(value)
+    scalar: Tensor = value.reshape(())
+    return scalar

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .counter import is_compiling
 from .errors import ArgumentError, MissingFeaturesError
 from .rows import UnfollowableError, follow_rows
 from .uncompiled import uncompiled
 
-is_compiling = getattr(torch.compiler, "is_compiling", bool)  # from torch 2.2 on
 Side = Literal["input", "output"]
 KEY = "s2sd_pml "  # of our hooks among those of a module
 MAX_NODES = 4000  # a walk that long has left the embedder

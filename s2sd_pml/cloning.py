@@ -16,7 +16,7 @@ from pytorch_metric_learning import losses
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch import Tensor, nn
 
-from .errors import CloneError
+from .errors import ArgumentError, UnsupportedLossError
 
 Entry = TypeVar("Entry")
 
@@ -75,8 +75,8 @@ def clone_loss(loss: nn.Module, embedding_size: int) -> nn.Module:
         embedding_size: the dimension that the copy is for.
 
     Raises:
-        CloneError: if the loss has parameters that are not known here. Pass ``S2SDLoss`` a factory
-            ``dim -> loss`` instead of a loss, then.
+        UnsupportedLossError: if the loss has parameters that are not known here. Pass ``S2SDLoss``
+            a factory ``dim -> loss`` instead of a loss, then.
 
     Examples:
         >>> loss = losses.ProxyAnchorLoss(num_classes=10, embedding_size=64)
@@ -86,7 +86,7 @@ def clone_loss(loss: nn.Module, embedding_size: int) -> nn.Module:
     try:
         clone = copy.deepcopy(loss)
     except Exception as error:
-        raise CloneError(
+        raise UnsupportedLossError(
             f"{type(loss).__name__} cannot be copied ({error}). Pass S2SDLoss a factory "
             f"`dim -> loss` instead. If the loss was used already, copy it before its first call."
         ) from error
@@ -118,7 +118,7 @@ def _redraw(loss: nn.Module, embedding_size: int, inner: list[nn.Module]) -> Non
     done = {id(p) for module in inner for p in module.parameters()}
     for name, parameter in loss.named_parameters():
         if id(parameter) not in done and name not in known:
-            raise CloneError(
+            raise UnsupportedLossError(
                 f"{type(loss).__name__} has a parameter {name!r} of shape "
                 f"{tuple(parameter.shape)} and nothing says how it depends on the embedding size. "
                 "Pass S2SDLoss a factory `dim -> loss` instead, that makes it and all its parts "
@@ -142,6 +142,44 @@ def embedding_size_of(loss: nn.Module) -> int | None:
     spec = _nearest(EMBEDDING_AXES, loss)
     parameter = None if spec is None else getattr(loss, spec.parameter, None)
     return None if spec is None or parameter is None else int(parameter.shape[spec.axis])
+
+
+def make_loss(loss: Any, embedding_size: int | None) -> nn.Module:
+    """The base loss itself, or what a factory makes for the size of the base embedding."""
+    if isinstance(loss, nn.Module):
+        return loss
+    if embedding_size is None:
+        raise ArgumentError(
+            "The loss is a factory and the size of the base embedding is unknown. Pass "
+            "embedding_size=..., or embedder=<a module that ends in nn.Linear>."
+        )
+    return made_by(loss, embedding_size)
+
+
+def made_by(factory: Callable[[int], Any], dim: int) -> nn.Module:
+    """The factory's loss for a dimension."""
+    try:
+        loss = factory(dim)
+    except TypeError as error:
+        raise UnsupportedLossError(
+            f"The loss factory failed for dimension {dim} ({error}). It is called as factory(dim) "
+            "and returns a loss; a plain function of embeddings and labels must be an nn.Module."
+        ) from error
+    if not isinstance(loss, nn.Module):
+        raise UnsupportedLossError(
+            f"The loss factory returned {type(loss).__name__} for dimension {dim}. "
+            "It must return an nn.Module: lambda dim: Loss(..., embedding_size=dim)."
+        )
+    return loss
+
+
+def check_independent(kind: str, made: list[nn.Module]) -> None:
+    """A factory made a new module at every call: spaces share nothing."""
+    if len({id(m) for m in made}) < len(made):
+        raise UnsupportedLossError(
+            f"The {kind} factory returned the same {type(made[0]).__name__} for two dimensions. "
+            "It must make a new one at every call."
+        )
 
 
 def clone_miner(miner: nn.Module) -> nn.Module:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .errors import DistributedError, DistributedWarning
-from .guard import outside
+from .errors import DistributedError, S2SDWarning
+from .optimizer import outside
 from .uncompiled import uncompiled
 
 T = TypeVar("T", Tensor, Tensor | None)
@@ -87,7 +87,7 @@ class Gather:
                 f"The parameters of heads and losses differ between the {self.world_size} ranks, "
                 "so the heads' embeddings of the global batch are not of one space. Mend: wrap "
                 "the loss as the model is, DistributedDataParallel(loss_func).",
-                DistributedWarning,
+                S2SDWarning,
                 stacklevel=outside(),
             )
         self.sizes = [rows for _, rows, *_ in told]
@@ -103,7 +103,9 @@ class Gather:
         Heads that are built alike and trained apart differ from the first step of the optimizer on.
         """
         step = loss.step if self.world_size > 1 else 3
-        if (step & (step - 1) == 0 or step % 256 == 0) and not any("FullySharded" in type(m).__name__ for m in loss.modules()):
+        if (step & (step - 1) == 0 or step % 256 == 0) and not any(
+            "FullySharded" in type(m).__name__ for m in loss.modules()
+        ):
             self._print = fingerprint(loss.parameters())
 
     def __call__(self, x: T) -> T:

@@ -1,47 +1,35 @@
-"""Every error names the values seen and the mend; all are ``S2SDError`` and thus ``ValueError``."""
+"""All errors are ``S2SDError``; their messages report the offending value and suggest a fix."""
 
 from __future__ import annotations
 
 
 class S2SDError(ValueError):
-    """Base class of everything that ``s2sd_pml`` raises."""
+    """Base class of all errors that ``s2sd_pml`` raises."""
 
 
 class ArgumentError(S2SDError):
-    """An argument has the wrong type or lies outside its range."""
-
-
-class CloneError(S2SDError):
-    """A loss cannot be rebuilt for another embedding size."""
+    """An argument or a setting has the wrong type, is out of range, or contradicts another."""
 
 
 class UnsupportedLossError(S2SDError):
-    """A base loss that cannot work inside ``S2SDLoss``, such as one that returns a dict."""
+    """The base loss cannot be used: it returns no scalar, or cannot be copied for another size."""
 
 
 class BatchError(S2SDError):
-    """Embeddings, labels or an indices_tuple do not form a batch."""
-
-
-class FeatureShapeError(S2SDError):
-    """Features, or what a head makes of them, have the wrong shape."""
+    """Embeddings, labels, features or an indices_tuple have the wrong type or shape."""
 
 
 class MissingFeaturesError(S2SDError):
-    """No features are known for these embeddings, or they are no longer what they were."""
-
-
-class OptimizerError(S2SDError):
-    """The parameters cannot join this optimizer."""
+    """The features of these embeddings were not found, or cannot be trained through."""
 
 
 class DistributedError(S2SDError):
     """The ranks of a process group cannot share this batch."""
 
 
-class DistributedWarning(UserWarning):
-    """The ranks train heads of their own, where they should train the same."""
+class S2SDWarning(UserWarning):
+    """Base class of all warnings; also raised where the ranks train different heads."""
 
 
-class OptimizerWarning(UserWarning):
-    """The model moves, the auxiliary heads do not: they are in no optimizer."""
+class OptimizerWarning(S2SDWarning):
+    """The model is trained but the auxiliary heads are not: no optimizer holds them."""

@@ -55,14 +55,7 @@ def relation_kl(
         (torch.Size([1]), True)
     """
     _check(student, teachers, temperature, chunk_size)
-    return rows_kl(
-        student,
-        teachers,
-        (0, len(student)),
-        temperature=temperature,
-        exclude_self=exclude_self,
-        chunk_size=chunk_size,
-    )
+    return rows_kl(student, teachers, (0, len(student)), temperature, exclude_self, chunk_size)
 
 
 def relation_kl_reference(
@@ -97,7 +90,6 @@ def rows_kl(
     student: Tensor,
     teachers: Sequence[Tensor],
     rows: tuple[int, int],
-    *,
     temperature: float,
     exclude_self: bool,
     chunk_size: int | None,

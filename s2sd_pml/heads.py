@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, FeatureShapeError
+from .errors import BatchError
 
 Pooling = str | Callable[[Tensor], Tensor]
 POOLINGS = ("avg", "avg+max")
@@ -60,15 +60,6 @@ class Unowned:
         return repr(self.module)
 
 
-def check_pooling(pooling: object) -> None:
-    """Refuse a pooling that is neither known by name nor callable."""
-    if pooling not in POOLINGS and not callable(pooling):
-        raise ArgumentError(
-            f"pooling={pooling!r} is unknown. "
-            "Use 'avg', 'avg+max' or a callable that maps features to (B, F)."
-        )
-
-
 def pool(features: Tensor, pooling: Pooling) -> Tensor:
     """Pool a feature map (B, C, H, W) to (B, C); pooled features (B, F) pass unchanged under "avg".
 
@@ -78,7 +69,7 @@ def pool(features: Tensor, pooling: Pooling) -> Tensor:
             in MSDFA), a callable does what it likes.
 
     Raises:
-        FeatureShapeError: for another shape, and for "avg+max" of features that are pooled already.
+        BatchError: for another shape, and for "avg+max" of features that are pooled already.
 
     Examples:
         >>> import torch
@@ -90,7 +81,7 @@ def pool(features: Tensor, pooling: Pooling) -> Tensor:
         pooled = pooling(features)
         if not isinstance(pooled, Tensor) or pooled.ndim != 2:
             seen = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
-            raise FeatureShapeError(
+            raise BatchError(
                 f"pooling={pooling!r} turned features of shape {tuple(features.shape)} into "
                 f"{seen}. It must return a tensor of shape (B, F)."
             )
@@ -101,12 +92,55 @@ def pool(features: Tensor, pooling: Pooling) -> Tensor:
     if features.ndim == 2 and pooling == "avg":
         return features
     if features.ndim == 2:
-        raise FeatureShapeError(
+        raise BatchError(
             f"pooling='avg+max' needs a feature map (B, C, H, W) but the features have shape "
             f"{tuple(features.shape)}: they are pooled already. Pass trunk=<the module that "
             "outputs the map> or features=<the map>, or use pooling='avg'."
         )
-    raise FeatureShapeError(
+    raise BatchError(
         f"Features have shape {tuple(features.shape)}. Pass pooled features (B, F) or a map "
         "(B, C, H, W), or give pooling= a callable that returns (B, F)."
     )
+
+
+def input_width(module: nn.Module) -> int | None:
+    """The width of the features that a module takes, read off its first layer with a width.
+
+    Layers come in the order of registration; those without parameters are skipped. Linear and
+    batch and layer normalisation have a width, LoRA layers that of their base layer. A lazy layer
+    has none yet: None, as for a module that starts with another layer.
+    """
+    for layer in _layers(module):
+        width = getattr(layer, "in_features", None)
+        if isinstance(layer, (nn.BatchNorm1d, nn.SyncBatchNorm)):
+            width = layer.num_features
+        elif shape := getattr(layer, "normalized_shape", None):
+            width = shape[0] if len(shape) == 1 else None
+        if isinstance(width, int):
+            return width or None
+        if next(layer.parameters(), None) is not None:
+            return None
+    return None
+
+
+def output_width(module: nn.Module) -> int | None:
+    """The width of a module's output: that of its last linear layer, in order of registration."""
+    widths = [getattr(layer, "out_features", None) for layer in _layers(module)]
+    return next((width for width in reversed(widths) if isinstance(width, int)), None)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is one nn.Linear, perhaps wrapped: compiled, in parallel, with LoRA."""
+    layers = list(_layers(module))
+    return len(layers) == 1 and isinstance(layers[0], nn.Linear)
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules without children in order of registration; a LoRA layer is its base layer."""
+    base = getattr(module, "base_layer", None)
+    children = [base] if isinstance(base, nn.Module) else list(module.children())
+    if not children or isinstance(module, nn.Linear):
+        yield module
+    else:
+        for child in children:
+            yield from _layers(child)

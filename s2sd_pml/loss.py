@@ -10,27 +10,17 @@ from pytorch_metric_learning.losses import SelfSupervisedLoss
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 
-from . import distributed, groups, recipes, settings
-from .branches import Batch, Branch, can_stack, metric_loss, metric_losses, stacks
-from .capture import FeatureCapture, is_compiling
-from .cloning import clone_loss, clone_miner
+from . import cloning, distributed, recipes, validation
+from .branches import Batch, Branch, MetricLosses, metric_loss
+from .capture import FeatureCapture
+from .cloning import clone_loss, clone_miner, made_by
+from .counter import StepCounter, is_compiling, rename_step
 from .errors import ArgumentError
 from .functional import rows_kl, similarity_kl
-from .guard import OptimizerGuard
-from .heads import POOLINGS, Pooling, ProjectionHead, Unowned, pool
+from .heads import POOLINGS, Pooling, ProjectionHead, Unowned, output_width, pool
+from .optimizer import OptimizerGuard, add_to, param_groups
 from .similarity import cosine_block, full_precision
-from .stacking import is_cosine, stacked_losses
 from .unrecorded import UnrecordedModuleDict
-from .validation import (
-    captured,
-    check_batch,
-    check_floating,
-    check_gatherable,
-    check_rows,
-    check_settings,
-    check_width,
-    weight_at,
-)
 
 Schedule = float | Callable[[int], float]
 RECORDS = ["base_loss", "aux_loss", "distill_loss", "feature_distill_loss"]
@@ -44,13 +34,14 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
 
         1/2 [ L(ψ) + mean_i L_i(g_i(φ)) ] + γ mean_i KL(g_i(φ) -> ψ) + γ_f KL(φ -> ψ)
 
-    The last term is absent before training step ``feature_distill_delay``. Each L_i is an independent copy
-    of L with an independent copy of the miner. Teachers are detached: the KL terms reach the
-    embedder and, through it, the trunk. Without heads the first bracket is L(ψ) alone; with
-    ``feature_distill_weight=0`` as well, and in ``eval()`` mode, the wrapper is the base loss.
+    The last term is absent before training step ``feature_distill_delay``. Each L_i is an
+    independent copy of L with an independent copy of the miner. Teachers are detached: the KL terms
+    reach the embedder and, through it, the trunk. Without heads the first bracket is L(ψ) alone;
+    with ``feature_distill_weight=0`` as well, the wrapper is the base loss. It is the base loss,
+    too, in ``eval()`` mode and, without ``features=``, under ``torch.no_grad()``.
 
     **The heads are parameters**: put ``loss_func.parameters()`` into an optimizer, or call
-    ``add_to``. A warning tells if they do not move while the model does.
+    ``add_to``. An OptimizerWarning is raised if the model is trained and the heads are not.
 
     Args:
         loss: a PML loss, or a factory ``embedding size -> loss`` for losses that
@@ -63,8 +54,9 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         head: ``(F, d) -> module`` that maps (B, F) to (B, d).
         distill_weight: γ >= 0, or a function of the training step.
         temperature: T > 0.
-        feature_distill_weight: γ_f >= 0, or a function of the training step. 0: no feature distillation.
-        feature_distill_delay: the training step, counted from 0, at which feature distillation starts.
+        feature_distill_weight: γ_f >= 0, or a function of the training step. 0: no feature
+            distillation.
+        feature_distill_delay: the training step, counted from 0, at which it starts.
         pooling: "avg", "avg+max" (of a feature map) or a callable; see ``heads.pool``.
         exclude_self: leave each sample's similarity to itself out of the softmaxes.
         chunk_size: rows of the similarity matrices held at once; None: all.
@@ -75,11 +67,11 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         components: after forward, detached scalars: "base", "aux", "distill", "feature_distill"
             (unweighted; 0 where a term is not in force), and "aux_512",
             "distill_512" and so on for each head.
-        step: training forwards so far, a buffer that is saved and restored with the state_dict.
+        step: training forwards so far, saved and restored with the state_dict.
         capture: the FeatureCapture in use, or None. Assign one after unpickling a loss.
 
     Raises:
-        S2SDError: a subclass, whose message names the values seen and the mend.
+        S2SDError: a subclass, whose message reports the offending value and suggests a fix.
 
     Source:
         Roth et al., "Simultaneous Similarity-based Self-Distillation for Deep Metric Learning",
@@ -132,30 +124,33 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         self.exclude_self = exclude_self
         self.chunk_size = chunk_size
         self.gather_distributed = gather_distributed
-        self.head_dims = settings.head_dims(head_dims)
-        settings.scalars(self)
-        settings.modules(loss, miner, embedder, trunk, head)
-        self.feature_dim = settings.feature_dim(
+        self.head_dims = validation.check_head_dims(head_dims)
+        validation.check_settings(self)
+        validation.check_parts(loss, miner, embedder, trunk, head)
+        self.feature_dim = validation.check_feature_dim(
             feature_dim, embedder, trunk, plain_pooling=pooling in POOLINGS, needed=self._distils
         )
-        self.loss = settings.base_loss(loss, embedding_size, embedder)
+        if embedding_size is not None:
+            validation.check_whole("embedding_size", embedding_size, at_least=1)
+        elif embedder is not None:
+            embedding_size = output_width(embedder)
+        self.loss = cloning.make_loss(loss, embedding_size)
+        validation.check_supported(self.loss)
         self.miner = miner
         self.branches = UnrecordedModuleDict()
         for dim in self.head_dims:
             assert self.feature_dim is not None
             self.branches[f"head_{dim}"] = Branch(
-                settings.head_module(head(self.feature_dim, dim), self.feature_dim, dim),
-                clone_loss(loss, dim)
-                if isinstance(loss, nn.Module)
-                else settings.made_by(loss, dim),
+                validation.check_head(head(self.feature_dim, dim), self.feature_dim, dim),
+                clone_loss(loss, dim) if isinstance(loss, nn.Module) else made_by(loss, dim),
                 None if miner is None else clone_miner(miner),
             )
-        settings.independent("loss", [self.loss, *(b.loss for b in self._branches())])
-        settings.independent("head", [b.head for b in self._branches()])
-        settings.takes_pairs(self.loss, miner)
-        self._stacks = stacks(*self._losses_and_miners())
-        self.register_buffer("_compiled_steps", torch.tensor(0), persistent=False)
-        self.step = 0
+        cloning.check_independent("loss", self._losses.losses)
+        cloning.check_independent("head", list(self._heads.values()))
+        validation.check_takes_pairs(self.loss, miner)
+        self._stacks = self._losses.agree_with_pml()
+        self.counter = StepCounter()
+        self._register_load_state_dict_pre_hook(rename_step)
         self.capture: FeatureCapture | None = None
         if self._distils and embedder is not None:
             self.capture = FeatureCapture(embedder, "input")
@@ -247,33 +242,29 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         self.reset_stats()
         if isinstance(self.loss, SelfSupervisedLoss) and ref_emb is None:
             labels, ref_emb = None, labels  # that loss is called with (embeddings, ref_emb)
-        batch = Batch(labels, indices_tuple, ref_labels)
+        batch = Batch([embeddings], [ref_emb], labels, indices_tuple, ref_labels)
         if not self.training or (features is None and not torch.is_grad_enabled()):
-            return self._base_loss_alone(embeddings, batch, ref_emb)
+            return self._base_loss_alone(batch)
         gather = distributed.Gather(self.gather_distributed)
-        ψ, g, φ, refs, batch = self._inputs(
-            gather, embeddings, batch, ref_emb, features, ref_features
-        )
+        batch, φ = self._spaces(batch, gather, features, ref_features)
+        ψ, *g = batch.spaces
         γ, γ_f = self._weight("distill_weight"), self._weight("feature_distill_weight")
+        m = len(g)
 
+        # 1/2 [ L(ψ) + mean_i L_i(g_i(φ)) ] + γ mean_i KL(g_i(φ) -> ψ) + γ_f KL(φ -> ψ)
         with torch.autocast(ψ.device.type, enabled=False):
-            stacked = self._can_stack([ψ, *g], refs, batch)
-            S = self._similarities(ψ, g, φ, stacked)
-            L = self._metric_losses(S, [ψ, *g], refs, batch, stacked)
-            kl = gather.mean(self._relation_kl(S, ψ, [*g, *φ], gather.own_rows))
+            S = self._similarities([ψ, *g, *φ])
+            L = self._metric_losses(batch, S)
+            KL = gather.mean(self._relation_kl(S, ψ, [*g, *φ], gather.own_rows))
+            loss = (L[0] + L[1:].mean()) / 2 + γ * KL[:m].mean() if g else L[0]
+            loss = loss + γ_f * KL[m] if φ else loss
 
-            # 1/2 [ L(ψ) + mean_i L_i(g_i(φ)) ] + γ mean_i KL(g_i(φ) -> ψ) + γ_f KL(φ -> ψ)
-            m = len(g)
-            loss = (L[0] + L[1:].mean()) / 2 + γ * kl[:m].mean() if m else L[0]
-            loss = loss + γ_f * kl[m] if φ else loss
-
-        loss = gather.touch(loss, [self.loss, *(branch.loss for branch in self._branches())])
-        self._record(L.detach(), kl.detach())
+        self._record(L.detach(), KL.detach())
         if L[1:].requires_grad:
-            self._guard.check(self._heads(), embeddings)
+            self._guard.check(self._heads, embeddings)
         if torch.is_grad_enabled():
-            self._tick()
-        return loss
+            self.counter.tick()
+        return gather.touch(loss, self._losses.losses)
 
     def project(self, features: Tensor) -> dict[int, Tensor]:
         """The heads as embedders, for evaluating the teachers.
@@ -285,10 +276,8 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
             head dimension d -> L2-normalised head output (N, d).
         """
         projected = self._project(self._pooled(features, "features"))
-        return {
-            d: nn.functional.normalize(z, dim=1)
-            for d, z in zip(self.head_dims, projected, strict=True)
-        }
+        units = [nn.functional.normalize(z, dim=1) for z in projected]
+        return dict(zip(self.head_dims, units, strict=True))
 
     def param_groups(
         self, lr: float, weight_decay: float = 0.0, loss_lr: float | None = None
@@ -301,8 +290,8 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
             loss_lr: learning rate of the losses' own parameters, such as proxies or a learnable
                 margin; default ``lr``.
         """
-        heads = [p for branch in self._branches() for p in branch.head.parameters()]
-        return groups.split(self, heads, lr, weight_decay, lr if loss_lr is None else loss_lr)
+        heads, loss_lr = self._head_parameters(), lr if loss_lr is None else loss_lr
+        return param_groups(self, heads, lr, weight_decay, loss_lr)
 
     def add_to(self, optimizer: torch.optim.Optimizer, **group: Any) -> S2SDLoss:
         """Add the groups of ``param_groups`` to an optimizer, and return the loss.
@@ -319,46 +308,21 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
 
         Parameters that the optimizer holds already are left where they are.
         """
-        own = {k: group.pop(k) for k in ("lr", "weight_decay", "loss_lr") if k in group}
-        groups.check(optimizer, group)
-        if "lr" not in own:
-            own["lr"] = groups.rate(optimizer, self)
-        own.setdefault("loss_lr", groups.rate_of(optimizer, self.loss))
-        groups.add(optimizer, self.param_groups(**own), group)
+        add_to(self, self._head_parameters(), optimizer, **group)
         return self
 
     def extra_repr(self) -> str:
-        names = "feature_dim head_dims distill_weight temperature feature_distill_weight feature_distill_delay pooling"
+        names = "feature_dim head_dims distill_weight temperature feature_distill_weight"
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
 
     @property
     def step(self) -> int:
-        """Training forwards so far. Compiled ones are counted on the device."""
-        return self._steps + (int(self._compiled_steps) if self._compiled else 0)
+        """Training forwards so far."""
+        return self.counter.count
 
     @step.setter
     def step(self, step: int) -> None:
-        self._steps, self._compiled = int(step), False
-        self._compiled_steps.zero_()
-
-    def _tick(self) -> None:
-        if is_compiling():  # a number of a module is a constant to torch.compile
-            self._compiled = True
-            self._compiled_steps.add_(1)
-        else:
-            self._steps += 1
-
-    def get_extra_state(self) -> Tensor:
-        """The step, as a tensor: some formats of checkpoints hold nothing else."""
-        return torch.tensor(self.step)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.step = int(state)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if f"{prefix}step" in state_dict:  # a buffer, in former checkpoints
-            state_dict[f"{prefix}_extra_state"] = state_dict.pop(f"{prefix}step")
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.counter.count = step
 
     @property
     def _distils_features(self) -> bool:
@@ -368,146 +332,127 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
     def _distils(self) -> bool:
         return bool(self.head_dims) or self._distils_features
 
+    @property
+    def _branches(self) -> dict[str, Branch]:
+        return dict(self.branches.items())  # type: ignore[arg-type]
+
+    @property
+    def _losses(self) -> MetricLosses:
+        every: list[Any] = [self, *self._branches.values()]
+        return MetricLosses([of.loss for of in every], [of.miner for of in every])
+
+    @property
     def _heads(self) -> dict[str, nn.Module]:
-        return {name: branch.head for name, branch in self.branches.items()}  # type: ignore[misc]
+        return {name: branch.head for name, branch in self._branches.items()}
 
-    def _branches(self) -> list[Branch]:
-        return list(self.branches.values())  # type: ignore[arg-type]
+    def _head_parameters(self) -> list[nn.Parameter]:
+        return [p for head in self._heads.values() for p in head.parameters()]
 
-    def _base_loss_alone(self, embeddings: Tensor, batch: Batch, ref_emb: Tensor | None) -> Tensor:
+    def _weight(self, name: str) -> float:
+        weight = getattr(self, name)
+        return validation.weight_at(name, weight, self.step if callable(weight) else 0)
+
+    def _base_loss_alone(self, batch: Batch) -> Tensor:
         """The loss of the embeddings, as without S2SD."""
-        check_batch(embeddings, batch.labels, batch.indices_tuple, ref_emb, self.loss)
-        loss = metric_loss(self.loss, self.miner, embeddings, batch, ref_emb)
+        (embeddings,), (ref_emb,), *others = batch
+        validation.check_batch(embeddings, *others[:2], ref_emb, self.loss)
+        loss = metric_loss(self.loss, self.miner, embeddings, *others[:2], ref_emb, others[2])
         self._record(loss.detach().reshape(1), loss.new_zeros(0))
         return loss
 
-    def _inputs(
+    def _spaces(
         self,
-        gather: distributed.Gather,
-        embeddings: Tensor,
         batch: Batch,
-        ref_emb: Tensor | None,
+        gather: distributed.Gather,
         features: Tensor | None,
         ref_features: Tensor | None,
-    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor | None], Batch]:
-        """The checked global batch.
-
-        Returns:
-            ψ, g_i(φ) of every head, [φ] (empty where it does not teach at this step), the
-            reference embeddings of every space, and what the losses take beside them.
-        """
-        with gather.agreement(embeddings, batch.labels, self):
-            check_settings(self)
-            check_batch(embeddings, batch.labels, batch.indices_tuple, ref_emb, self.loss)
-            check_gatherable(gather.world_size, batch.indices_tuple, ref_emb)
+    ) -> tuple[Batch, list[Tensor]]:
+        """The checked global batch in every space, ψ first, and [φ]: [] where it does not teach."""
+        (embeddings,), (ref_emb,), labels, indices_tuple, ref_labels = batch
+        with gather.agreement(embeddings, labels, self):
+            validation.check_settings(self)
+            validation.check_batch(embeddings, labels, indices_tuple, ref_emb, self.loss)
+            validation.check_gatherable(gather.world_size, indices_tuple, ref_emb)
             φ = self._features(features, embeddings, "features")
             g = self._project(φ)
             gather.compare(self)
-        ψ, g = gather(full_precision(embeddings)), gather.joined([full_precision(z) for z in g])
-        batch = batch._replace(labels=gather(batch.labels))
-        delay = self.feature_distill_delay
-        teaches = self._distils_features and (is_compiling() or self.step >= delay)
-        teacher = [gather(full_precision(φ.detach()))] if φ is not None and teaches else []
-        refs: list[Tensor | None] = [None] * (1 + len(g))
+        every = [gather(embeddings), *gather.joined(g)]
+        spaces = [full_precision(x) for x in every]
+        refs: list[Tensor | None] = [None for _ in spaces]
         if ref_emb is embeddings:
-            refs = [ψ, *g]
+            refs = [*spaces]
         elif ref_emb is not None:
-            refs = [ref_emb]
-            if g:
-                refs += self._project(self._features(ref_features, ref_emb, "ref_features"))
-        return ψ, g, teacher, refs, batch
+            ref_φ = self._features(ref_features, ref_emb, "ref_features") if g else None
+            refs = [ref_emb, *self._project(ref_φ)]
+        begun = is_compiling() or self.step >= self.feature_distill_delay
+        teaches = φ is not None and self._distils_features and begun
+        teacher = [gather(full_precision(φ.detach()))] if teaches else []
+        return Batch(spaces, refs, gather(labels), indices_tuple, ref_labels), teacher
 
     def _features(self, features: Tensor | None, embeddings: Tensor, name: str) -> Tensor | None:
         """Pooled features φ of these embeddings: those given, or else those captured."""
         if not self._distils:
             return None
         if features is None:
-            features = captured(self.capture, embeddings, name)
-        check_rows(features, embeddings, name)
+            features = validation.check_capture(self.capture, name).features_of(embeddings, name)
+        validation.check_rows(features, embeddings, name)
         return self._pooled(features, name)
 
     def _pooled(self, features: Tensor, name: str) -> Tensor:
-        check_floating(features, name)
+        validation.check_floating(features, name)
         pooled = pool(features, self.pooling)
-        check_width(pooled, self.feature_dim, tuple(features.shape), name)
+        validation.check_width(pooled, self.feature_dim, tuple(features.shape), name)
         return pooled
 
     def _project(self, features: Tensor | None) -> list[Tensor]:
-        """g_i(φ) for every head."""
+        """g_i(φ) of every head."""
         if features is None:
             return []
         parameter = next(self.branches.parameters(), None)
         if parameter is not None and parameter.device != features.device:
             self.to(features.device)  # as PML's losses move their parameters themselves
-        return [
-            branch.project(features, dim)
-            for branch, dim in zip(self._branches(), self.head_dims, strict=True)
-        ]
+        branches = zip(self.head_dims, self._branches.values(), strict=True)
+        return [branch.project(features, dim) for dim, branch in branches]
 
-    def _can_stack(self, spaces: list[Tensor], refs: list[Tensor | None], batch: Batch) -> bool:
-        return self._stacks and can_stack(*self._losses_and_miners(), spaces, refs, batch)
-
-    def _losses_and_miners(self) -> tuple[list[nn.Module], list[nn.Module | None]]:
-        every = [self, *self._branches()]
-        return [of.loss for of in every], [of.miner for of in every]
-
-    def _similarities(
-        self, ψ: Tensor, g: list[Tensor], φ: list[Tensor], stacked: bool
-    ) -> Tensor | None:
-        """cos of every space, (1 + m, B, B) and that of φ; None where it is made in chunks."""
-        if self.chunk_size is not None or not (g or φ):
+    def _similarities(self, spaces: list[Tensor]) -> Tensor | None:
+        """cos in every space, (spaces, B, B); None if nothing is distilled, or in chunks."""
+        if self.chunk_size is not None or len(spaces) == 1:
             return None
-        learns = stacked and is_cosine(self.loss.distance)  # the metric losses are made of it
-        teachers = [*(g if learns else [z.detach() for z in g]), *φ]
-        return cosine_block([ψ, *(t.to(ψ.dtype) for t in teachers)])
+        return cosine_block([x.to(spaces[0].dtype) for x in spaces])
 
-    def _metric_losses(
-        self,
-        S: Tensor | None,
-        spaces: list[Tensor],
-        refs: list[Tensor | None],
-        batch: Batch,
-        stacked: bool,
-    ) -> Tensor:
-        """L of every space, (spaces,)."""
-        losses, miners = self._losses_and_miners()
-        if stacked:
-            cosines = None if S is None else S[: len(spaces)]
-            return stacked_losses(losses, miners, spaces, *batch[:2], cosines)
-        values = metric_losses(losses, miners, spaces, refs, batch)
-        return torch.stack([value.to(spaces[0].dtype) for value in values])
+    def _metric_losses(self, batch: Batch, S: Tensor | None) -> Tensor:
+        """L in every space, (1 + m,)."""
+        if self._stacks and self._losses.can_stack(batch):
+            return self._losses.stacked(batch, None if S is None else S[: len(batch.spaces)])
+        return self._losses.one_by_one(batch)
 
     def _relation_kl(
         self, S: Tensor | None, ψ: Tensor, teachers: list[Tensor], own_rows: tuple[int, int] | None
     ) -> Tensor:
         """KL(teacher -> ψ) of every teacher, over this rank's rows."""
         start, stop = own_rows or (0, len(ψ))
-        options = {"temperature": self.temperature, "exclude_self": self.exclude_self}
+        softmax = (self.temperature, self.exclude_self)
         if S is None:
-            kl = rows_kl(ψ, teachers, (start, stop), chunk_size=self.chunk_size, **options)
+            kl = rows_kl(ψ, teachers, (start, stop), *softmax, self.chunk_size)
         else:
-            kl = similarity_kl(S[0, start:stop], S[1:, start:stop], start, **options)
-        if is_compiling() and len(teachers) > len(self.head_dims):
-            due = self._compiled_steps + self._steps >= self.feature_distill_delay
-            kl = torch.cat([kl[:-1], kl[-1:] * due])
+            kl = similarity_kl(S[0, start:stop], S[1:, start:stop], start, *softmax)
+        if is_compiling() and len(kl) > len(self.head_dims):
+            begun = self.counter.has_reached(self.feature_distill_delay)
+            kl = torch.cat([kl[:-1], kl[-1:] * begun])
         return kl
 
-    def _weight(self, name: str) -> float:
-        weight = getattr(self, name)
-        return weight_at(name, weight, self.step if callable(weight) else 0)
-
-    def _record(self, L: Tensor, kl: Tensor) -> None:
+    def _record(self, L: Tensor, KL: Tensor) -> None:
         """Keep the components, all keys every time: loggers want series of equal length."""
         zero, m = L.new_zeros(()), len(self.head_dims)
+        aux, kl = (list(x) or [zero] * m for x in (L[1:], KL[:m]))
         self.components = {
             "base": L[0],
             "aux": L[1:].mean() if len(L) > 1 else zero,
-            "distill": kl[:m].mean() if len(kl) and m else zero,
-            "feature_distill": kl[m] if len(kl) > m else zero,
+            "distill": KL[:m].mean() if m and len(KL) else zero,
+            "feature_distill": KL[m] if len(KL) > m else zero,
         }
-        for i, dim in enumerate(self.head_dims):
-            self.components[f"aux_{dim}"] = L[1 + i] if len(L) > 1 else zero
-            self.components[f"distill_{dim}"] = kl[i] if len(kl) else zero
+        for dim, aux_loss, divergence in zip(self.head_dims, aux, kl, strict=True):
+            self.components |= {f"aux_{dim}": aux_loss, f"distill_{dim}": divergence}
         if self.collect_stats:
             for record in RECORDS:
                 setattr(self, record, self.components[record.removesuffix("_loss")].item())

@@ -8,7 +8,7 @@ from torch import nn
 
 from s2sd_pml import clone_loss
 from s2sd_pml.cloning import EMBEDDING_AXES, SIZE_FREE_PARAMETERS, clone_miner
-from s2sd_pml.errors import CloneError
+from s2sd_pml.errors import UnsupportedLossError
 
 LOSSES = [n for n in loss_names() if n != "GenericPairLoss"]
 
@@ -124,16 +124,16 @@ def test_unknown_parameters_are_refused_with_the_factory_as_mend():
             self.gate = nn.Linear(SIZE, 1)
 
     for loss, name in ((Learned(), "scale"), (More(), "gate.weight")):
-        with pytest.raises(CloneError, match=rf"'{name}'.*factory"):
+        with pytest.raises(UnsupportedLossError, match=rf"'{name}'.*factory"):
             clone_loss(loss, 20)
-    with pytest.raises(CloneError, match="'scale'"):
+    with pytest.raises(UnsupportedLossError, match="'scale'"):
         clone_loss(losses.MultipleLosses([Learned()]), 20)
 
 
 def test_a_loss_that_cannot_be_copied_is_refused():
     loss = losses.TripletMarginLoss()
     loss.graph = torch.ones(1, requires_grad=True) * 2  # what DynamicSoftMarginLoss keeps
-    with pytest.raises(CloneError, match="cannot be copied"):
+    with pytest.raises(UnsupportedLossError, match="cannot be copied"):
         clone_loss(loss, 20)
 
 

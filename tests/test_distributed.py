@@ -20,7 +20,7 @@ from pytorch_metric_learning import losses, miners
 from torch.nn.parallel import DistributedDataParallel
 
 from s2sd_pml import S2SDLoss, distributed
-from s2sd_pml.errors import DistributedError, DistributedWarning, S2SDError
+from s2sd_pml.errors import DistributedError, S2SDError, S2SDWarning
 
 CASES = {
     "pairs": lambda: (losses.ContrastiveLoss(), None),
@@ -64,7 +64,7 @@ def steps(model, loss_func, parts, rank, wrap, record):
     named = [*model.named_parameters(), *loss_func.named_parameters()]
     record.update({f"grad {n}": p.grad for n, p in named})
     record.update({f"param {n}": p.detach() for n, p in named})
-    record["step"] = loss_func.step
+    record["step"] = torch.tensor(loss_func.step)
 
 
 def on_ranks(function, world):
@@ -94,7 +94,7 @@ def on_ranks(function, world):
 def _on_rank(function, rank, world, port, queue):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    warnings.simplefilter("error", DistributedWarning)  # where the loss is wrapped there is none
+    warnings.simplefilter("error", S2SDWarning)  # where the loss is wrapped there is none
     try:
         dist.init_process_group(
             "gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
@@ -195,7 +195,7 @@ def unwrapped_rank(rank):
     loss_func(trained(images(8)), labels(8)).backward()  # the heads are still alike
     optimizer.step()
     with pytest.warns(
-        DistributedWarning, match="differ between the 2 ranks.*DistributedDataParallel"
+        S2SDWarning, match="differ between the 2 ranks.*DistributedDataParallel"
     ) as seen:
         loss_func(trained(images(8)), labels(8)).backward()
     assert seen[0].filename == __file__

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from s2sd_pml import ProjectionHead
-from s2sd_pml.errors import FeatureShapeError
+from s2sd_pml.errors import BatchError
 from s2sd_pml.heads import pool
 
 
@@ -40,5 +40,5 @@ def test_pooling(channels_last):
     ],
 )
 def test_shapes_that_cannot_be_pooled(shape, pooling, words):
-    with pytest.raises(FeatureShapeError, match=words):
+    with pytest.raises(BatchError, match=words):
         pool(torch.randn(shape), pooling)
