@@ -35,6 +35,6 @@ class PlainS2SD(nn.Module):
                 self.losses, self.miners, [embeddings, *projected], strict=True
             )
         )
-        weights = [self.γ / len(aux)] * len(aux) + [self.γ_f]
-        total, _ = relation_kl_reference(embeddings, [*projected, features], weights=weights)
-        return (base + sum(aux) / len(aux)) / 2 + total
+        *kl, feature_kl = relation_kl_reference(embeddings, [*projected, features])
+        distillation = self.γ * sum(kl) / len(kl) + self.γ_f * feature_kl
+        return (base + sum(aux) / len(aux)) / 2 + distillation
