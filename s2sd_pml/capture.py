@@ -1,16 +1,18 @@
 """Find the features that made a batch of embeddings, by the autograd graph.
 
-A hook notes the features on the autograd node of what its module returned. The note lives and dies
-with the graph, so nothing can go stale and nothing is kept alive. At loss time the graph is walked
-back from the embeddings to the note.
+A hook notes the features on the autograd node of what its module returned. Backward empties the
+note as it frees the graph, so nothing goes stale and nothing is kept alive. At loss time the graph
+is walked back from the embeddings to the note.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
+import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import MutableMapping
 from typing import Any, Literal
 
 import torch
@@ -18,12 +20,16 @@ from torch import Tensor, nn
 
 from .counter import is_compiling
 from .errors import ArgumentError, MissingFeaturesError
-from .rows import UnfollowableError, follow_rows
+from .optimizer import outside
+from .rows import UnfollowableError, follow_rows, nearest
 from .uncompiled import uncompiled
 
 Side = Literal["input", "output"]
 KEY = "s2sd_pml "  # of our hooks among those of a module
 MAX_NODES = 4000  # a walk that long has left the embedder
+is_compiling = getattr(torch.compiler, "is_compiling", bool)  # from torch 2.2 on
+# Whether the backward under way has retain_graph=True; older releases of torch do not say.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", bool)
 
 
 class FeatureCapture:
@@ -33,13 +39,13 @@ class FeatureCapture:
         module: with ``side="input"`` the embedder, whose input is the features; with
             ``side="output"`` the trunk, whose output is the features. Hook the module that is
             called, such as a DataParallel wrapper, not a module inside it. It is held by weak
-            reference only.
+            reference only. It may take or return a dict, list, tuple or dataclass that holds them.
         side: "input" or "output".
 
-    Only forwards that build a graph are noted: nothing is kept of evaluation under ``no_grad``.
-    A deep copy of the module (an EMA model) is not captured. With ``side="output"`` the module
-    returns a copy of its output in training forwards, so that a later in-place operation does not
-    reach the features.
+    Only forwards that build a graph are noted: nothing is kept of evaluation under ``no_grad``, nor
+    after the backward that frees the graph. A deep copy of the module (an EMA model) is not
+    captured. With ``side="output"`` the module returns a copy of its output in training forwards,
+    so that a later in-place operation does not reach the features.
 
     Examples:
         >>> import torch
@@ -53,28 +59,29 @@ class FeatureCapture:
 
     def __init__(self, module: nn.Module, side: Side = "input") -> None:
         if not isinstance(module, nn.Module):
-            raise ArgumentError(
-                f"FeatureCapture needs the nn.Module whose {side} is the features, "
-                f"not {type(module).__name__}."
-            )
+            raise ArgumentError(f"FeatureCapture needs an nn.Module, not {type(module).__name__}.")
         if side not in ("input", "output"):
             raise ArgumentError(f"side={side!r} is unknown. Use 'input' or 'output'.")
         self.side: Side = side
         self._module = weakref.ref(module)
         self._key = object()  # of this capture's notes, in the nodes' metadata
-        self._before = threading.local()  # versions of the inputs of the forward under way
+        self._before = threading.local()  # the inputs of the forward under way
+        self._warned = False
         try:
-            handles = [module.register_forward_hook(_Hook(self), with_kwargs=True)]
-            if side == "input":
-                handles.append(module.register_forward_pre_hook(_PreHook(self), with_kwargs=True))
+            handles = [
+                register(_Hook(self), with_kwargs=True)
+                for register in (module.register_forward_pre_hook, module.register_forward_hook)
+            ]
         except RuntimeError as error:  # a scripted module
             raise ArgumentError(
                 f"{type(module).__name__} takes no forward hooks ({error}). "
                 "Pass features=... to the loss instead."
             ) from None
+        hooks = contextlib.ExitStack()
         for handle in handles:
             _rename(handle, module)
-        self._finalizer = weakref.finalize(self, _remove, handles)
+            hooks.callback(handle.remove)
+        self._finalizer = weakref.finalize(self, hooks.close)
         self._finalizer.atexit = False
 
     @property
@@ -89,11 +96,10 @@ class FeatureCapture:
         indexed, or the concatenation of several forwards. An error asks for ``name`` instead.
 
         Raises:
-            MissingFeaturesError: if no capture leads to the embeddings, if several that differ do,
-                if rows were reordered in a way that cannot be followed, or if the features were
-                changed in place since.
+            MissingFeaturesError: if no capture leads to the embeddings, or several that differ do,
+                or an unknown order of rows; or if the features were changed in place or released.
         """
-        mend = f"Pass {name}=... to the loss."
+        fix = f"Pass {name}=... to the loss."
         if embeddings.grad_fn is None:
             whose, hint = "The embeddings", "For evaluation call loss_func.eval() first. "
             if name == "ref_features":
@@ -101,26 +107,35 @@ class FeatureCapture:
             raise MissingFeaturesError(
                 f"{whose} of shape {tuple(embeddings.shape)} carry no autograd graph "
                 "(no_grad, detach() or a frozen model), so their features cannot be looked up. "
-                f"{hint}{mend}"
+                f"{hint}{fix}"
             )
+        widths: list[int] = []  # of the features found on the way
         try:
-            features = follow_rows(embeddings, self._noted, MAX_NODES)
+            features = follow_rows(embeddings, lambda n: self._noted(n, widths), MAX_NODES)
         except UnfollowableError as error:
-            raise MissingFeaturesError(f"{error} {mend}") from None
-        if features is None and self.module is None:
-            raise MissingFeaturesError(
-                "The module whose features were to be captured is deleted. If it was replaced by "
-                "another, put that into the optimizer and assign loss_func.capture = "
-                f"FeatureCapture(<that one>, {self.side!r}). {mend}"
-            )
+            if self.side == "output" and widths:
+                fix = (
+                    "If an aggregation or attention layer behind the trunk does that, name that "
+                    f"layer instead of trunk=: embedder=<the layer>, feature_dim={widths[-1]}. "
+                    f"Otherwise pass {name}=... to the loss."
+                )
+            raise MissingFeaturesError(f"{error} {fix}") from None
         if features is None:
-            raise MissingFeaturesError(
+            why = (
                 f"No captured forward of {self._describe()} leads to these embeddings of shape "
                 f"{tuple(embeddings.shape)}, grad_fn {embeddings.grad_fn.name()}. They come from "
                 "another model or a copy of it, from a frozen trunk (name the embedder instead), "
                 "from a forward under no_grad or before the loss was built (a compiled model keeps "
-                f"its old graph), or from a module inside a replica. {mend}"
+                "its old graph), or from a module inside a replica."
             )
+            if self.module is None:
+                why = (
+                    "The module whose features were to be captured is deleted. If it was replaced "
+                    "by another, put that into the optimizer and assign loss_func.capture = "
+                    f"FeatureCapture(<that one>, {self.side!r})."
+                )
+            raise MissingFeaturesError(f"{why} {fix}")
+        self._warn_of_raw_input(features)
         return features
 
     def remove(self) -> None:
@@ -153,114 +168,142 @@ class FeatureCapture:
         return None if module is None else FeatureCapture(memo.get(id(module), module), self.side)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()  # the model is no part of a pickled loss
+        return type(None), ()  # the model is no part of a pickled loss
 
     def _describe(self) -> str:
         name = type(self.module).__name__
         return f"the {'embedder' if self.side == 'input' else 'trunk'} {name}"
 
-    def _noted(self, node: Any) -> Tensor | None:
-        note = node.metadata.get(self._key)
+    def _noted(self, node: Any, widths: list[int]) -> Tensor | None:
+        note: _Note | None = node.metadata.get(self._key)
         if note is None:
             return None
-        features, version = note
+        features = note.features
         if isinstance(features, str):
             raise UnfollowableError(features)
-        if features._version != version:
+        if features._version != note.version:
             raise UnfollowableError(
                 f"The features captured at {self._describe()} were changed in place after they "
-                "were used: make that operation out-of-place. Or do without what was captured:"
+                "were used. Make that operation out-of-place."
             )
-        return features  # type: ignore[no-any-return]
+        widths.append(features.shape[1 if features.ndim == 4 else -1])
+        return features
 
-    def _remember_versions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the forward: what the inputs' versions are, to see a change in place."""
-        inputs = _features_among([*args, *kwargs.values()])
-        self._before.versions = {id(t): t._version for t in inputs if not t.is_inference()}
+    def _remember(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the forward, which may change tensors in place or replace those in a dict."""
+        values = [*args, *kwargs.values()]
+        self._before.versions = {id(t): t._version for v in values for t in _tensors(v)}
+        self._before.nested = [(v, t) for v in values for t in _tensors(v) if t is not v]
 
     @uncompiled  # so that it breaks the graph just once
     def _note(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Note the features on the nodes of the outputs; return a replacement output or None.
+        """Note the features on the nodes of the results; return the output, perhaps with copies.
 
         Where the features are unclear, note why: it matters only if a loss asks for them.
         """
-        outputs = [t for t in _tensors(output) if t.grad_fn is not None]
-        if not outputs:
-            return None
-        features = self._find(args, kwargs, output)
-        version = features._version if isinstance(features, Tensor) else 0
-        # A note on the features' own node would keep itself alive; a fresh node will not.
-        replacement = None
-        own = features.grad_fn if isinstance(features, Tensor) else None
-        if own is not None and any(t.grad_fn is own for t in outputs):
-            if isinstance(output, Tensor):
-                replacement = output.clone()
-                outputs = [replacement]
-            else:
-                features = f"{self._describe()} returns its input inside {type(output).__name__}."
-        for t in outputs:
-            node: Any = t.grad_fn
-            node.metadata[self._key] = (features, version)
-        return replacement
+        values = [*args, *kwargs.values()]
+        before = self._before.__dict__  # empty in a compiled forward: a dict is not looked into
+        versions, nested = before.pop("versions", {}), before.pop("nested", [])
+        inputs = [t for v, t in nested if any(v is value for value in values)]
+        inputs += [t for v in values for t in _tensors(v) if t is v]
+        passed_on = set() if isinstance(output, Tensor) else {id(t) for t in inputs}
+        results = [t for t in _tensors(output) if t.grad_fn is not None and id(t) not in passed_on]
+        among = {id(t): t for t in (inputs if self.side == "input" else results)}.values()
+        candidates = [t for t in among if t.is_floating_point() and t.ndim > 1]
+        if self.side == "output" and len(candidates) == 1:
+            results = candidates
+        for result in results:
+            features, target = self._choose(candidates, result, versions), result
+            # A note on the features' own node would keep itself alive; a fresh node will not.
+            if isinstance(features, Tensor) and features.grad_fn is result.grad_fn:
+                target = result.clone()
+                output = _replaced(output, result, target)
+            node: Any = target.grad_fn
+            node.metadata[self._key] = note = _Note(features)
+            node.register_hook(note.release)
+        return output
 
-    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | str:
-        """The features of a forward, or why they are unclear."""
-        if self.side == "output":
-            if isinstance(output, Tensor):
-                return output
+    def _choose(
+        self, candidates: list[Tensor], result: Tensor, versions: dict[int, int]
+    ) -> Tensor | str:
+        """The features that a result was made from, or why they are unclear."""
+        chosen = candidates
+        if self.side == "input" and len(candidates) > 1:
+            chosen = nearest(result, candidates, MAX_NODES)
+        if len(chosen) != 1:
             return (
-                f"{self._describe()} returns {type(output).__name__}, so it is unclear which part "
-                "is the features. Name the embedder instead: embedder=<module>."
+                f"{self._describe()} has {len(candidates)} floating point tensors of two or more "
+                f"dimensions as {self.side}, of shapes {[tuple(t.shape) for t in candidates]}; it "
+                "is unclear which is the features. Name the module inside or behind it that takes "
+                "the features alone, such as an nn.Linear: embedder=<module>."
             )
-        inputs = _features_among([*args, *kwargs.values()])
-        if len(inputs) != 1:
-            shapes = [tuple(t.shape) for t in inputs]
-            return (
-                f"{self._describe()} was called with {len(inputs)} floating point tensors of two "
-                f"or more dimensions, of shapes {shapes}; it is unclear which is the features."
-            )
-        before = self._before.__dict__.pop("versions", {})  # none in a compiled forward
-        if before.get(id(inputs[0]), inputs[0]._version) != inputs[0]._version:
+        if versions.get(id(chosen[0]), chosen[0]._version) != chosen[0]._version:
             return (
                 f"{self._describe()} changes its input in place (a ReLU with inplace=True?), so "
                 "the features are gone. Make its first operation out-of-place."
             )
-        return inputs[0]
+        return chosen[0]
+
+    def _warn_of_raw_input(self, features: Tensor) -> None:
+        """Warn once if an embedder is likely the whole model, not what follows a frozen trunk.
+
+        The layers of an MLP lie equally deep; in nn.Sequential(trunk, fc) the first lies deeper.
+        """
+        if self.module is None or self.side == "output" or features.requires_grad or self._warned:
+            return
+        layers = [n for n, m in self.module.named_modules() if [*m.parameters(recurse=False)]]
+        depths = [name.count(".") for name in layers]
+        is_image = features.ndim == 4 and features.shape[1] <= 4
+        if len(depths) > 1 and (is_image or (features.ndim == 2 and depths[0] > depths[-1])):
+            self._warned = True
+            warnings.warn(
+                f"The features captured at {self._describe()}, of shape {tuple(features.shape)}, "
+                "carry no graph, and it seems to hold a trunk: the raw input would be distilled. "
+                "Name its last layer, such as embedder=<model>[-1] or embedder=<model>.fc. If they "
+                "are features of a frozen trunk, pass features=... to silence this warning.",
+                stacklevel=outside(),
+            )
 
 
-class _Watch:
+class _Note:
+    """The features of a forward, or why there are none; kept by a node of the graph."""
+
+    def __init__(self, features: Tensor | str) -> None:
+        self.features = features
+        self.version = getattr(features, "_version", 0)
+
+    @uncompiled
+    def release(self, *_: object) -> None:
+        """As backward passes the node: let go of the features, unless the graph is retained."""
+        if not _graph_is_kept():
+            retain = "" if _graph_is_kept is bool else ", or call backward(retain_graph=True)"
+            self.features = (
+                "Backward has freed the graph of these embeddings and released their features. "
+                f"Compute every loss before backward{retain}."
+            )
+
+
+class _Hook:
     """A hook that keeps neither the capture nor the module alive; its copies are idle."""
 
     def __init__(self, capture: FeatureCapture | None = None) -> None:
         self._capture = None if capture is None else weakref.ref(capture)
 
-    def capture_of(self, module: nn.Module) -> FeatureCapture | None:
-        """The capture, if it lives and watches this very module and a graph is built."""
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> Any:
+        """Before the forward or, with its output, after it."""
+        if not output and is_compiling():  # one graph break, after the forward, is enough
+            return None
         capture = None if self._capture is None else self._capture()
-        watches = capture is not None and capture.module is module and torch.is_grad_enabled()
-        return capture if watches else None
+        if capture is None or capture.module is not module or not torch.is_grad_enabled():
+            return None
+        return capture._note(args, kwargs, *output) if output else capture._remember(args, kwargs)
 
-    def __deepcopy__(self, _: dict[int, Any]) -> _Watch:
-        return type(self)()
+    def __deepcopy__(self, _: dict[int, Any]) -> _Hook:
+        return _Hook()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In a pickled model it is a call without effect: loading it needs nothing of ours."""
         return getattr, (contextlib.nullcontext(), "__exit__")
-
-
-class _PreHook(_Watch):
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if is_compiling():  # one graph break, at the other hook, is enough
-            return
-        capture = self.capture_of(module)
-        if capture is not None:
-            capture._remember_versions(args, kwargs)
-
-
-class _Hook(_Watch):
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        capture = self.capture_of(module)
-        return None if capture is None else capture._note(args, kwargs, output)
 
 
 def _hooks(module: nn.Module) -> list[dict[Any, Any]]:
@@ -279,26 +322,28 @@ def _rename(handle: Any, module: nn.Module) -> None:
             hooks[handle.id] = hooks.pop(old)
 
 
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
+def _entries(value: Any) -> dict[Any, Any]:
+    """What a dict, list, tuple or dataclass holds directly; of anything else, itself."""
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    if isinstance(value, MutableMapping):
+        return dict(value)
+    return getattr(value, "__dict__", {}) if dataclasses.is_dataclass(value) else {0: value}
 
 
-def _nothing() -> None:
-    return None
+def _tensors(value: Any) -> list[Tensor]:
+    """Those among its entries. Tensors of inference mode have no version, and take no gradient."""
+    tensors = [v for v in _entries(value).values() if isinstance(v, Tensor)]
+    return [t for t in tensors if not t.is_inference()]
 
 
-def _features_among(values: list[Any]) -> list[Tensor]:
-    """The different tensors that may be features: floating point, two or more dimensions."""
-    found = {id(t): t for t in _tensors(values) if t.is_floating_point() and t.ndim > 1}
-    return list(found.values())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in a (shallow) structure of lists, tuples and dicts, in order."""
+def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
+    """The value, or a copy if it is a tuple, with another tensor in the place of one."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from (v for v in value.values() if isinstance(v, Tensor))
-    elif isinstance(value, (list, tuple)):
-        yield from (v for v in value if isinstance(v, Tensor))
+        return new
+    if isinstance(value, tuple):  # ``_make`` is that of a named tuple
+        return getattr(value, "_make", type(value))(new if v is old else v for v in value)
+    target = value if isinstance(value, (list, MutableMapping)) else vars(value)
+    for key in [k for k, v in _entries(value).items() if v is old]:
+        target[key] = new
+    return value

@@ -18,20 +18,16 @@ class UnfollowableError(Exception):
     """The rows were joined or reordered in a way that cannot be replayed."""
 
 
-COMPILED = (
-    " It was made by torch.compile: let the embedder come last in what is compiled, and normalise "
-    "outside of it."
-)
 # Row i of the result comes from row i of the input.
 KEEPS_ROWS = set(
-    "Abs Add Addcdiv Addcmul Alias Bernoulli Celu Clamp ClampMax ClampMin Clone Contiguous "
-    "Copy Cos Div Elu Erf Exp Expm1 FusedDropout Gelu Hardsigmoid Hardswish Hardtanh "
-    "LeakyRelu Lerp Log Log1p LogSigmoid LogSoftmax MaskedFill Maximum Minimum Mish Mul "
-    "NanToNum NativeDropout Neg Pow Prelu PreluKernel Reciprocal Relu Rrelu Rsqrt Rsub Selu "
-    "Sigmoid Sign Silu Sin Softmax Softplus Sqrt Sub Tanh Threshold ToCopy Where _DDPSink "
-    "AdaptiveAvgPool1D AdaptiveAvgPool2D AdaptiveMaxPool2D AvgPool1D AvgPool2D Baddbmm Bmm "
-    "Convolution CudnnBatchNorm MaxPool2DWithIndices MiopenBatchNorm MkldnnConvolution "
-    "NativeBatchNorm NativeGroupNorm NativeLayerNorm".split()
+    "Abs Add Addcdiv Addcmul Alias Bernoulli Celu Clamp ClampMax ClampMin Clone Contiguous Copy "
+    "Cos Div Elu Erf Exp Expm1 FusedDropout Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu Lerp "
+    "Log Log1p LogSigmoid LogSoftmax MaskedFill Maximum Minimum Mish Mul NanToNum NativeDropout "
+    "Neg Pow Prelu PreluKernel Reciprocal Relu Rrelu Rsqrt Rsub Selu Sigmoid Sign Silu Sin "
+    "Softmax Softplus Sqrt Sub Tanh Threshold ToCopy Where _DDPSink AdaptiveAvgPool1D "
+    "AdaptiveAvgPool2D AdaptiveMaxPool2D AvgPool1D AvgPool2D Baddbmm Bmm Convolution "
+    "CudnnBatchNorm MaxPool2DWithIndices MiopenBatchNorm MkldnnConvolution NativeBatchNorm "
+    "NativeGroupNorm NativeLayerNorm".split()
 )
 # The rows of a matrix product are those of its left factor: the factor's place among the inputs.
 LEFT_FACTOR = {"Mm": 0, "Addmm": 1}
@@ -51,16 +47,8 @@ def follow_rows(
 ) -> Tensor | None:
     """The note that leads to ``tensor``, with its rows selected and joined as the tensor's were.
 
-    Args:
-        tensor: has a grad_fn.
-        noted: node -> the tensor noted on it, or None.
-        max_nodes: give up after that many nodes.
-
-    Returns:
-        A tensor with as many rows as ``tensor``, or None if no note was found.
-
-    Raises:
-        UnfollowableError: if a note was found, but not how its rows became those of ``tensor``.
+    ``noted`` gives the tensor noted on a node, or None. Without any note the result is None, and
+    where it is not known how a note's rows became those of ``tensor``, an UnfollowableError.
     """
     walk = _Walk(noted, max_nodes)
     found = walk.rows(tensor.grad_fn, tensor.output_nr)
@@ -70,10 +58,28 @@ def follow_rows(
         )
     if found is not None and len(found) != len(tensor):
         raise UnfollowableError(
-            f"The captured features have {len(found)} rows and the embeddings {len(tensor)}: rows "
+            f"There are {len(tensor)} embeddings but {len(found)} rows of captured features. Rows "
             "were selected or merged in a way that cannot be followed."
         )
     return found
+
+
+def nearest(tensor: Tensor, candidates: list[Tensor], max_nodes: int) -> list[Tensor]:
+    """The candidates that ``tensor`` was computed from other than by way of another of them.
+
+    The list is empty if the graph does not show it: one needs no gradient, or it is too large.
+    """
+    if not all(c.requires_grad for c in candidates):
+        return []
+    places = {c.view_as(c).grad_fn.next_functions[0]: c for c in candidates}  # type: ignore
+    to_visit: list[Any] = [(tensor.grad_fn, tensor.output_nr)]
+    seen: set[Any] = {(None, 0)}
+    while to_visit and len(seen) < max_nodes:
+        place = to_visit.pop()
+        if place not in seen:
+            to_visit += () if place in places else place[0].next_functions
+            seen.add(place)
+    return [] if to_visit else [c for place, c in places.items() if place in seen]
 
 
 class _Walk:
@@ -104,29 +110,28 @@ class _Walk:
 
     def _replay(self, node: Any, output: int, children: list[tuple[Any, int]]) -> Tensor | None:
         sources = [self.done[child] for child in children]
-        present = {id(s): s for s in sources if s is not None}
-        if not present:
+        known = [s for s in sources if s is not None]
+        if not known:
             return None
         kind = re.sub(r"Backward\d*$", "", node.name())
         if kind == "BackwardHookFunction":  # torch's identity of several tensors at once
             return sources[output]
         try:
             if kind == "Cat" and _acts_on_rows(node):
-                if any(s is None for s in sources):
+                if len(known) < len(sources):
                     raise UnfollowableError(
-                        f"{sources.count(None)} of the {len(sources)} parts that were concatenated "
-                        "to these embeddings have no captured features."
+                        f"{len(sources) - len(known)} of the {len(sources)} parts that were "
+                        "concatenated to these embeddings have no captured features."
                     )
-                return torch.cat([s for s in sources if s is not None])
-            if len(present) > 1:
+                return torch.cat(known)
+            if (different := len({id(s) for s in known})) > 1:
                 raise UnfollowableError(
-                    f"{node.name()} merged {len(present)} captured forwards of different features."
+                    f"{node.name()} merged {different} captured forwards of different features."
                 )
-            source = next(s for s in sources if s is not None)
-            first = next(c for c, s in zip(children, sources, strict=True) if s is not None)
             if kind in LEFT_FACTOR and sources[LEFT_FACTOR[kind]] is None:
                 raise UnfollowableError(f"{node.name()} mixed the rows of the captured forward.")
-            return _follow(node, kind, output, source, _shape(*first))
+            first = next(c for c, s in zip(children, sources, strict=True) if s is not None)
+            return _follow(node, kind, output, known[0], _shape(*first))
         except (RuntimeError, IndexError) as error:  # such as saved tensors, freed by backward
             raise UnfollowableError(f"{node.name()} cannot be replayed ({error}).") from None
 
@@ -136,50 +141,41 @@ def _follow(
 ) -> Tensor | None:
     """What an operation makes of the rows of its input, whose shape is ``before`` if known."""
     after = _shape(node, output)
-    rows = _made_of(node, kind, output, source, before, after)
-    if rows is not None and after is not None and (not after or after[0] != len(rows)):
-        raise UnfollowableError(
-            f"{node.name()}, from shape {before} to {after}, made other rows than the captured "
-            f"{len(rows)}."
-        )
-    return rows
-
-
-def _made_of(
-    node: Any,
-    kind: str,
-    output: int,
-    source: Tensor,
-    before: tuple[int, ...] | None,
-    after: tuple[int, ...] | None,
-) -> Tensor | None:
     if hasattr(node, "_saved_self_sym_sizes"):
         before = tuple(node._saved_self_sym_sizes)
-    same_size = before is None or (bool(before) and before[0] == len(source))
+    same_size = before is None or before[:1] == (len(source),)
+    rows: Tensor | None = source
     if kind in REDUCES:
         dims = [_from_zero(d, len(before or (0, 0))) for d in _dimensions(node)]
         if not dims or 0 in dims:
             return None
     elif kind == "Index" and same_size:
-        return _index(node, source)
+        rows = _index(node, source)
     elif kind in ACTS_ON_DIMENSIONS and same_size:
-        if _acts_on_rows(node):
-            return _select(node, kind, output, source)
+        rows = _select(node, kind, output, source) if _acts_on_rows(node) else source
     elif kind in RESHAPES or kind in KEEPS_ROWS or kind in LEFT_FACTOR:
         if kind in KEEPS_ROWS | {"Expand"} and before is not None and after is not None:
             same_size &= len(before) == len(after)  # broadcasting may put another dimension first
     else:
         same_size = False
     if not same_size:
+        compiled = " With torch.compile: let the embedder come last, and normalise outside of it."
         raise UnfollowableError(
             f"It is not known whether {node.name()}, from shape {before} to {after}, keeps the "
-            "rows in order." + (COMPILED if kind == "CompiledFunction" else "")
+            f"rows in order.{compiled if kind == 'CompiledFunction' else ''}"
         )
-    return source
+    if rows is None:
+        raise UnfollowableError(
+            f"{node.name()} moved or reordered the rows after the captured forward. Their order is "
+            "not known from there on, even if a later operation restores it."
+        )
+    if after is not None and after[:1] != (len(rows),):
+        raise UnfollowableError(f"{node.name()} made {after} of {len(rows)} captured rows.")
+    return rows
 
 
-def _select(node: Any, kind: str, output: int, source: Tensor) -> Tensor:
-    """Replay a selection of rows."""
+def _select(node: Any, kind: str, output: int, source: Tensor) -> Tensor | None:
+    """Replay a selection of rows, where it is known how."""
     if kind == "Slice":
         start, stop = _signed(node._saved_start), _signed(node._saved_end)
         rows = source[start : stop : _signed(node._saved_step)]
@@ -190,11 +186,11 @@ def _select(node: Any, kind: str, output: int, source: Tensor) -> Tensor:
         return torch.split(source, list(node._saved_split_sizes))[output]
     if kind == "IndexSelect":
         return source.index_select(0, node._saved_index)
-    raise UnfollowableError(f"{node.name()} reordered the rows after the captured forward.")
+    return None
 
 
-def _index(node: Any, source: Tensor) -> Tensor:
-    """Replay ``x[i, j, ...]`` with tensors as indices."""
+def _index(node: Any, source: Tensor) -> Tensor | None:
+    """Replay ``x[i, j, ...]`` with tensors as indices, where it is known how."""
     places = [k for k, index in enumerate(node._saved_indices) if index is not None]
     indices = [node._saved_indices[k] for k in places]
     if places[0] == 0 and all(index.ndim == 1 for index in indices):
@@ -202,7 +198,7 @@ def _index(node: Any, source: Tensor) -> Tensor:
     # Indices of other dimensions keep the rows, but apart from each other they come to the front.
     if places[0] > 0 and places[-1] - places[0] == len(places) - 1:
         return source
-    raise UnfollowableError(f"{node.name()} reordered the rows after the captured forward.")
+    return None
 
 
 def _acts_on_rows(node: Any) -> bool:

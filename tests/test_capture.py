@@ -255,7 +255,7 @@ def test_evaluation_between_forward_and_loss_changes_nothing(net_and_capture):
     assert torch.equal(capture.features_of(embeddings), features)
 
 
-def test_embeddings_of_no_grad_are_refused_with_the_mend(net_and_capture):
+def test_embeddings_of_no_grad_are_refused_with_the_fix(net_and_capture):
     net, capture = net_and_capture
     with torch.no_grad():
         embeddings = net(batch())
@@ -398,7 +398,9 @@ def test_a_trunk_that_returns_a_tuple_runs_but_has_no_features():
     trunk = Two()
     capture = FeatureCapture(trunk, "output")
     twice, _ = trunk(batch().requires_grad_())
-    with pytest.raises(MissingFeaturesError, match="returns tuple.*embedder="):
+    with pytest.raises(
+        MissingFeaturesError, match="2 floating point tensors.*as output.*embedder="
+    ):
         capture.features_of(twice)
 
 

@@ -70,6 +70,7 @@ class CaptureMachine(RuleBasedStateMachine):
         self.capture = FeatureCapture(self.trunk if side == "output" else self.embedder, side)
         self.entries: list[Entry] = []
         self.features: dict[int, weakref.ref[Tensor]] = {}
+        self.released: set[int] = set()
 
     def add(self, entry):
         self.entries = [*self.entries[-7:], entry]
@@ -155,8 +156,10 @@ class CaptureMachine(RuleBasedStateMachine):
     def go_backward(self, data):
         e = self.pick(data)
         if e.embeddings.requires_grad:
+            retain = data.draw(st.booleans())
             with contextlib.suppress(RuntimeError):  # another backward has freed the graph
-                e.embeddings.square().sum().backward(retain_graph=data.draw(st.booleans()))
+                e.embeddings.square().sum().backward(retain_graph=retain)
+                self.released |= set() if retain else e.forwards
             for other in self.entries:
                 other.used |= bool(other.forwards & e.forwards) or not other.forwards
 
@@ -177,11 +180,11 @@ class CaptureMachine(RuleBasedStateMachine):
                 assert torch.equal(found, e.features)
 
     @invariant()
-    def features_live_no_longer_than_their_embeddings(self):
+    def features_live_no_longer_than_their_graph(self):
         gc.collect(0)
         wanted = set().union(*(e.forwards for e in getattr(self, "entries", [])))
         for number, ref in getattr(self, "features", {}).items():
-            assert number in wanted or ref() is None
+            assert (number in wanted and number not in self.released) or ref() is None
 
 
 TestCaptureMachine = CaptureMachine.TestCase
