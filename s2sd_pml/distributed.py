@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .errors import DistributedError, DistributedWarning
-from .guard import outside
+from .optimizer import outside
 from .uncompiled import uncompiled
 
 T = TypeVar("T", Tensor, Tensor | None)

@@ -10,13 +10,13 @@ from pytorch_metric_learning.losses import SelfSupervisedLoss
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 
-from . import checks, distributed, groups, recipes, settings
+from . import checks, distributed, recipes, settings
+from . import optimizer as optimizers
 from .branch import Branch, metric_loss
 from .capture import FeatureCapture
 from .cloning import clone_loss, clone_miner
 from .errors import ArgumentError
 from .functional import full_precision, relation_kl
-from .guard import OptimizerGuard
 from .heads import POOLINGS, Pooling, ProjectionHead, Unowned, pool
 from .settings import value_of
 from .sharing import SharedIndices
@@ -151,7 +151,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         elif self._distils and trunk is not None:
             self.capture = FeatureCapture(trunk, "output")
         self.components: dict[str, Tensor] = {}
-        self._guard = OptimizerGuard()
+        self._guard = optimizers.OptimizerGuard()
         self.add_to_recordable_attributes(list_of_names=RECORDS, is_stat=True)
 
     @classmethod
@@ -336,8 +336,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
             loss_lr: learning rate of the losses' own parameters, such as proxies or a learnable
                 margin; default ``lr``.
         """
-        heads = [p for _, branch in self._branches() for p in branch.head.parameters()]
-        return groups.split(self, heads, lr, weight_decay, lr if loss_lr is None else loss_lr)
+        return optimizers.param_groups(self, self._head_parameters(), lr, weight_decay, loss_lr)
 
     def add_to(self, optimizer: torch.optim.Optimizer, **group: Any) -> S2SDLoss:
         """Add the groups of ``param_groups`` to an optimizer, and return the loss.
@@ -349,17 +348,12 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
             **group: lr, weight_decay, loss_lr, and further options of the optimizer's groups.
 
         Raises:
-            OptimizerError: if a scheduler holds the optimizer's groups already, if they leave open
+            ArgumentError: if a scheduler holds the optimizer's groups already, if they leave open
                 which learning rate to take, or for an option that the optimizer does not have.
 
         Parameters that the optimizer holds already are left where they are.
         """
-        own = {k: group.pop(k) for k in ("lr", "weight_decay", "loss_lr") if k in group}
-        groups.check(optimizer, group)
-        if "lr" not in own:
-            own["lr"] = groups.rate(optimizer, self)
-        own.setdefault("loss_lr", groups.rate_of(optimizer, self.loss))
-        groups.add(optimizer, self.param_groups(**own), group)
+        optimizers.add_to(self, self._head_parameters(), optimizer, **group)
         return self
 
     def extra_repr(self) -> str:
@@ -376,6 +370,9 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
 
     def _branches(self) -> Iterable[tuple[str, Branch]]:
         return self.branches.items()  # type: ignore[return-value]
+
+    def _head_parameters(self) -> list[nn.Parameter]:
+        return [p for _, branch in self._branches() for p in branch.head.parameters()]
 
     def _features(
         self, features: Tensor | None, embeddings: Tensor | None, name: str
