@@ -641,10 +641,11 @@ def fully_sharded_rank(rank):
             warnings.simplefilter("always", OptimizerWarning)
             for step in range(19):
                 embeddings, features = model(images())
-                loss_func(embeddings, labels(), features=features).backward()
-                if step > 9:  # shards are gathered ten times over without a step
+                loss = loss_func(embeddings, labels(), features=features)
+                adam.zero_grad(set_to_none=False)
+                loss.backward()
+                if step > 9:  # before, shards are gathered ten times over without a step
                     adam.step()
-                    adam.zero_grad(set_to_none=False)
                 else:
                     assert loss_func._guard._model_steps == 0
         found = [str(w.message) for w in caught if w.category is OptimizerWarning]
