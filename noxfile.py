@@ -26,6 +26,7 @@ MUTATED = {
     "kernel": "tests/test_functional.py tests/test_sharing.py",
     "cloning": "tests/test_cloning.py",
     "capture": "tests/test_capture.py tests/test_capture_machine.py tests/test_abuse.py",
+    "optimizer": "tests/test_optimizer.py",
     "rows": "tests/test_capture.py tests/test_capture_machine.py",
 }
 

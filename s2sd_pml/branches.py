@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import stacking
-from .errors import BatchError, S2SDWarning
-from .optimizer import outside
+from .errors import BatchError, S2SDWarning, outside
 from .similarity import full_precision
 from .validation import check_loss_value, refused
 

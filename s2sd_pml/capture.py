@@ -19,15 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from .counter import is_compiling
-from .errors import ArgumentError, MissingFeaturesError
-from .optimizer import outside
+from .errors import ArgumentError, MissingFeaturesError, outside
 from .rows import UnfollowableError, follow_rows, nearest
 from .uncompiled import uncompiled
 
 Side = Literal["input", "output"]
 KEY = "s2sd_pml "  # of our hooks among those of a module
 MAX_NODES = 4000  # a walk that long has left the embedder
-is_compiling = getattr(torch.compiler, "is_compiling", bool)  # from torch 2.2 on
 # Whether the backward under way has retain_graph=True; older releases of torch do not say.
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", bool)
 

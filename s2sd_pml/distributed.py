@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .errors import DistributedError, S2SDWarning
-from .optimizer import outside
+from .errors import DistributedError, S2SDWarning, outside
 from .uncompiled import uncompiled
 
 T = TypeVar("T", Tensor, Tensor | None)

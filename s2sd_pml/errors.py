@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from pathlib import Path
+
+import torch
+
+INSIDE = (str(Path(__file__).parent), str(Path(torch.__file__).parent), contextlib.__file__)
+
 
 class S2SDError(ValueError):
     """Base class of all errors that ``s2sd_pml`` raises."""
@@ -33,3 +41,11 @@ class S2SDWarning(UserWarning):
 
 class OptimizerWarning(S2SDWarning):
     """The model is trained but the auxiliary heads are not: no optimizer holds them."""
+
+
+def outside() -> int:
+    """The stack level, for the caller, of the first frame that is neither ours nor torch's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
+        level, frame = level + 1, frame.f_back
+    return level

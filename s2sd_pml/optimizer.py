@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import sys
-import threading
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterable
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from .errors import ArgumentError, OptimizerWarning
+from .counter import is_compiling
+from .errors import ArgumentError, OptimizerWarning, outside
 from .validation import check_weight
 
 PATIENCE = 5  # steps of the model after which the guard decides
@@ -27,9 +23,6 @@ LATE = 50  # the same where an optimizer holds the heads, but has not stepped th
 # the two, a group that holds heads and proxies was meant for the proxies.
 FACTOR = 30
 MAX_NODES, LEAVES = 400, 8  # how far to look for the model's parameters
-INSIDE = (str(Path(__file__).parent), str(Path(torch.__file__).parent), contextlib.__file__)
-
-_is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)  # torch 2.1 has none
 
 
 def param_groups(
@@ -134,8 +127,8 @@ class OptimizerGuard:
         self._done = False
         self._patience = PATIENCE
         self._steps = self._model_steps = 0  # forwards after a step of anything, and of the model
-        self._heads: dict[str, weakref.ref[nn.Module]] = {}  # those with parameters that may train
-        self._start: dict[str, list[tuple[int, Tensor]]] = {}  # their first versions and sums
+        self._heads: dict[str, weakref.ref[nn.Module]] = {}
+        self._start: dict[str, list[tuple[int, Tensor]]] = {}  # first versions and sums of heads
         self._leaves: list[tuple[weakref.ref[Tensor], int]] = []  # of the model, with versions
         self._saw_heads = self._saw_model = False  # the hook, since the last forward
         self._stepped: set[str] = set()  # heads
@@ -147,14 +140,16 @@ class OptimizerGuard:
 
     def check(self, heads: dict[str, nn.Module], embeddings: Tensor) -> None:
         """Look once, in a training forward whose auxiliary losses have a gradient."""
-        if _is_compiling() or self._done:
+        if is_compiling() or self._done:
             return
         trained = {n: [p for p in m.parameters() if p.requires_grad] for n, m in heads.items()}
         trained = {name: parameters for name, parameters in trained.items() if parameters}
-        self._heads = {name: weakref.ref(heads[name]) for name in trained}
+        self._heads = {name: weakref.ref(module) for name, module in heads.items()}
         for name in trained.keys() - self._start.keys():
-            self._start[name] = [(p._version, _sum(p)) for p in trained[name]]
-        _watch(self)
+            self._start[name] = [(p._version, _local(p).sum()) for p in trained[name]]
+        _watching[id(self)] = self
+        if not _hooks:  # one for all losses
+            _hooks.append(register_optimizer_step_post_hook(_after_step))
         before = ((ref(), version) for ref, version in self._leaves)
         model = self._saw_model or any(p is not None and p._version != v for p, v in before)
         self._leaves = [(weakref.ref(p), p._version) for p in _parameters_behind(embeddings)]
@@ -166,9 +161,7 @@ class OptimizerGuard:
         if still and self._model_steps >= self._patience:
             self._check_heads(still, trained)
         elif trained and not still and self._steps >= PATIENCE:
-            self._done = True
-        if self._done:
-            _watching.pop(id(self), None)
+            self._stop()
 
     def stepped(self, optimizer: Optimizer) -> None:
         """Note a step of an optimizer, which may be of another model, while the guard watches."""
@@ -217,7 +210,7 @@ class OptimizerGuard:
     def _stands(self, name: str, parameters: list[nn.Parameter], values: bool = False) -> bool:
         start = self._start[name]
         return len(start) == len(parameters) and all(
-            bool(_sum(p) == total) if values else p._version == version
+            bool(_local(p).sum() == total) if values else p._version == version
             for p, (version, total) in zip(parameters, start, strict=True)
         )
 
@@ -231,7 +224,7 @@ class OptimizerGuard:
         if still and not forgotten and self._patience < LATE:
             self._patience = LATE  # they may be stepped rarely
             return
-        self._done = True
+        self._stop()
         why = "They seem to be in no optimizer" if forgotten else "Their optimizer never stepped"
         if still := forgotten or still:
             self._warn(
@@ -249,24 +242,20 @@ class OptimizerGuard:
             self._said.add(mistake)
             warnings.warn(text, OptimizerWarning, stacklevel=outside())
 
+    def _stop(self) -> None:
+        self._done = True
+        _watching.pop(id(self), None)
+
     def __getstate__(self) -> dict[str, Any]:
         return OptimizerGuard().__dict__  # a copied or unpickled loss watches anew
 
 
 _watching: weakref.WeakValueDictionary[int, OptimizerGuard] = weakref.WeakValueDictionary()
 _hooks: list[Any] = []
-_lock = threading.Lock()
-
-
-def _watch(guard: OptimizerGuard) -> None:
-    with _lock:
-        _watching[id(guard)] = guard
-        if not _hooks:
-            _hooks.append(register_optimizer_step_post_hook(_after_step))
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if _is_compiling():
+    if is_compiling():
         return
     for ref in _watching.valuerefs():
         if (guard := ref()) is not None:
@@ -281,20 +270,8 @@ def _sharded(leaves: list[Tensor], optimizer: Optimizer) -> bool:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor on this rank."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _sum(parameter: Tensor) -> Tensor:
-    return _local(parameter.detach()).sum()
-
-
-def outside() -> int:
-    """The stack level, for the caller, of the first frame that is neither ours nor torch's."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
-        level, frame = level + 1, frame.f_back
-    return level
+    """Its values, of a DTensor those on this rank."""
+    return tensor.to_local().detach() if hasattr(tensor, "to_local") else tensor.detach()
 
 
 def _parameters_behind(embeddings: Tensor) -> list[Tensor]:
