@@ -34,10 +34,10 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
 
         1/2 [ L(ψ) + mean_i L_i(g_i(φ)) ] + γ mean_i KL(g_i(φ) -> ψ) + γ_f KL(φ -> ψ)
 
-    The last term is absent before training step ``feature_distill_delay``. Each L_i is an independent copy
-    of L with an independent copy of the miner. Teachers are detached: the KL terms reach the
-    embedder and, through it, the trunk. Without heads the first bracket is L(ψ) alone; with
-    ``feature_distill_weight=0`` as well, and in ``eval()`` mode, the wrapper is the base loss.
+    The last term is absent before training step ``feature_distill_delay``. Each L_i is an
+    independent copy of L with an independent copy of the miner. Teachers are detached: the KL terms
+    reach the embedder and, through it, the trunk. Without heads the first bracket is L(ψ) alone;
+    with ``feature_distill_weight=0`` as well, and in ``eval()`` mode, the wrapper is the base loss.
 
     **The heads are parameters**: put ``loss_func.parameters()`` into an optimizer, or call
     ``add_to``. A warning tells if they do not move while the model does.
@@ -53,8 +53,10 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         head: ``(F, d) -> module`` that maps (B, F) to (B, d).
         distill_weight: γ >= 0, or a function of the training step.
         temperature: T > 0.
-        feature_distill_weight: γ_f >= 0, or a function of the training step. 0: no feature distillation.
-        feature_distill_delay: the training step, counted from 0, at which feature distillation starts.
+        feature_distill_weight: γ_f >= 0, or a function of the training step. 0: no feature
+            distillation.
+        feature_distill_delay: the training step, counted from 0, at which feature distillation
+            starts.
         pooling: "avg", "avg+max" (of a feature map) or a callable; see ``heads.pool``.
         exclude_self: leave each sample's similarity to itself out of the softmaxes.
         chunk_size: rows of the similarity matrices held at once; None: all.
@@ -192,8 +194,8 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
                 documentation.
 
         Returns:
-            ``head_dims``, ``head``, ``weight``, ``temperature``, ``feature_distill_weight``,
-            ``feature_distill_delay`` and ``exclude_self``.
+            ``head_dims``, ``head``, ``distill_weight``, ``temperature``,
+            ``feature_distill_weight``, ``feature_distill_delay`` and ``exclude_self``.
 
         Raises:
             ArgumentError: for another name.
@@ -363,7 +365,10 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         return self
 
     def extra_repr(self) -> str:
-        names = "feature_dim head_dims distill_weight temperature feature_distill_weight feature_distill_delay pooling"
+        names = (
+            "feature_dim head_dims distill_weight temperature feature_distill_weight "
+            "feature_distill_delay pooling"
+        )
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
 
     @property

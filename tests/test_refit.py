@@ -43,8 +43,8 @@ def test_what_is_fitted_falls():
         return kl.item(), loss_func(embeddings, labels, miner(embeddings, labels)).item()
 
     start = found(steps=0)
-    copied = found(steps=60, base=False, weight=1.0)
-    based, both = found(steps=60), found(steps=60, weight=10.0)
+    copied = found(steps=60, base=False, distill_weight=1.0)
+    based, both = found(steps=60), found(steps=60, distill_weight=10.0)
     assert copied[0] < 0.9 * start[0]
     assert based[1] < 0.9 * start[1]
     assert copied[0] < both[0] < based[0]
@@ -71,12 +71,12 @@ def test_its_steps_are_those_of_adam_on_the_whole_objective(monkeypatch):
         optimizer.zero_grad()
         (loss_func(z, y, miner(z, y)) + kl).backward()
         optimizer.step()
-    fitted = refit.fit(args, frozen, 4, steps=2, weight=3.0)
+    fitted = refit.fit(args, frozen, 4, steps=2, distill_weight=3.0)
     torch.testing.assert_close(fitted.weight, embedder.weight)
     torch.testing.assert_close(fitted.bias, embedder.bias)
 
     monkeypatch.setattr(ranks, "world", lambda: 2)  # one rank fits, to whole batches
-    again = refit.fit(args, frozen, 4, steps=2, weight=3.0)
+    again = refit.fit(args, frozen, 4, steps=2, distill_weight=3.0)
     assert torch.equal(again.weight, fitted.weight)
 
 
