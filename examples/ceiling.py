@@ -66,8 +66,8 @@ def measure(args: argparse.Namespace, run: Run, split: Any, sizes: list[int]) ->
         for kind, (base, kl, part) in KINDS.items():
             if tested.teacher is None and kl:
                 continue
-            weight = args.distill_weight if base else 1.0  # alone, Adam does not feel it
-            kinds = {"base": base, "distill_weight": weight if kl else 0.0}
+            γ = args.distill_weight if base else 1.0  # alone, Adam does not feel it
+            kinds = {"base": base, "distill_weight": γ if kl else 0.0}
             embedder = fit(args, parts[part], size, steps=STEPS, **kinds)
             with torch.no_grad():
                 rows.append(row(kind, size, embedder(tested.features)))

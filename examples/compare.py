@@ -62,11 +62,13 @@ SOFTMAX = (
 )
 SMALL = (
     f"--s2sd-only --variant {{variant}} --dims {' '.join(map(str, RECIPE['head_dims']))} "
-    f"--distill-weight {RECIPE['distill_weight']} --feature-distill-weight {RECIPE['feature_distill_weight']} "
+    f"--distill-weight {RECIPE['distill_weight']} "
+    f"--feature-distill-weight {RECIPE['feature_distill_weight']} "
     f"--feature-distill-delay {RECIPE['feature_distill_delay']} {SOFTMAX} --linear-heads"
 )
 MSDF, MSDFA = SMALL.format(variant="msdf"), SMALL.format(variant="msdfa")
-KL = f"--refit-weight {RECIPE['distill_weight']} {SOFTMAX}"  # where heads teach the new embedder alone
+# where heads teach the new embedder alone
+KL = f"--refit-weight {RECIPE['distill_weight']} {SOFTMAX}"
 HEADS = "--s2sd-only --variant msd --distill-weight 0 {kl}"
 BIG = f"--baseline-only --embedding-size {LARGE} --cut {CUTS}"
 METHODS = {

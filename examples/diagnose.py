@@ -57,14 +57,12 @@ def terms(loss_func: S2SDLoss, embeddings: Tensor, labels: Tensor, features: Ten
 
     The objective is linear in its weights, so a term is the difference of two values.
     """
-    step, before = (
-        loss_func.step,
-        (loss_func.distill_weight, loss_func.feature_distill_weight),
-    )
+    step = loss_func.step
+    before = loss_func.distill_weight, loss_func.feature_distill_weight
     delay, loss_func.feature_distill_delay = loss_func.feature_distill_delay, 0
 
-    def value(weight: float, feature_distill_weight: float) -> Tensor:
-        loss_func.distill_weight, loss_func.feature_distill_weight = weight, feature_distill_weight
+    def value(γ: float, γ_f: float) -> Tensor:
+        loss_func.distill_weight, loss_func.feature_distill_weight = γ, γ_f
         result: Tensor = loss_func(embeddings, labels, features=features)
         loss_func.step = step
         return result

@@ -26,8 +26,9 @@ See what it would do first with --dry-run, and try it on fewer epochs: later fla
 recipes, files in examples/recipes, are
   {recipes}
 
-They hold the paper's settings: --variant msdfa --dims 512 1024 1536 2048 --distill-weight 50
---feature-distill-weight 50 --feature-distill-delay 1000 --lr 1e-5 --weight-decay 4e-4 --batch-size 112 and so on.
+Those of the authors' sample runs hold the paper's settings: --variant msdfa
+--dims 512 1024 1536 2048 --distill-weight 50 --feature-distill-weight 50
+--feature-distill-delay 1000 --lr 1e-5 --weight-decay 4e-4 --batch-size 112 and so on.
 Without a recipe the settings are for a network of 0.1 million parameters, trained for half a
 minute on icons-400. The schedule and the weights were chosen on classes held out from training, as
 --validation does; the other settings are first choices. Results repeat exactly at the same number
@@ -253,7 +254,8 @@ def _baselines(main: argparse.ArgumentParser) -> None:
         "--teacher",
         type=Path,
         metavar="FILE",
-        help="S2SD run: no heads, but an exported model as the teacher, with --feature-distill-weight",
+        help="S2SD run: no heads, but an exported model as the teacher; its γ is "
+        "--feature-distill-weight",
     )
 
 

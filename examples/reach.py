@@ -27,13 +27,17 @@ class OtherReach(S2SDLoss):
     """
 
     def __init__(
-        self, *args: Any, reach: str, weight: Any, feature_distill_weight: Any, **kwargs: Any
+        self,
+        *args: Any,
+        reach: str,
+        distill_weight: Any,
+        feature_distill_weight: Any,
+        **kwargs: Any,
     ) -> None:
-        inside = {"distill_weight": 0.0, "feature_distill_weight": 0.0}  # the KL is computed here
-        if reach == "detached":
-            inside = {"distill_weight": weight, "feature_distill_weight": feature_distill_weight}
-        super().__init__(*args, **inside, **kwargs)
-        self.reach, self.weights = reach, (weight, feature_distill_weight)
+        weights = (distill_weight, feature_distill_weight)
+        γ, γ_f = weights if reach == "detached" else (0.0, 0.0)  # the KL is computed here
+        super().__init__(*args, distill_weight=γ, feature_distill_weight=γ_f, **kwargs)
+        self.reach, self.weights = reach, weights
 
     def forward(
         self, embeddings: Tensor, labels: Tensor | None = None, indices_tuple: Any = None

@@ -49,13 +49,13 @@ def fit(
     *,
     steps: int,
     base: bool = True,
-    weight: float = 0.0,
+    distill_weight: float = 0.0,
 ) -> nn.Linear:
     """An embedder of frozen features, from their principal directions on.
 
     Args:
         base: whether the base loss is in force.
-        weight: γ, that of the KL to the heads beside it.
+        distill_weight: γ, that of the KL to the heads beside it.
     """
     features, teacher, labels, (mean, directions) = frozen
     torch.manual_seed(args.seed)
@@ -78,9 +78,9 @@ def fit(
         loss = embeddings.new_zeros(())
         if base:
             loss = loss + loss_func(embeddings, y, miner(embeddings, y) if miner else None)
-        if weight:
+        if distill_weight:
             settings = {"temperature": args.temperature, "exclude_self": args.exclude_self}
-            kl, _ = relation_kl(embeddings, [teacher[rows]], weights=[weight], **settings)
+            kl, _ = relation_kl(embeddings, [teacher[rows]], weights=[distill_weight], **settings)
             loss = loss + kl
         optimizer.zero_grad()
         loss.backward()

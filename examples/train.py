@@ -269,8 +269,9 @@ class Trainer:
         """Another embedder for the trained trunk: by the base loss, and the KL to the heads."""
         args, run, images, start = self.args, self.run, self.split.train, time.perf_counter()
         frozen = refit.freeze(run.project(images, args.workers), images.labels)
-        weight = 0.0 if frozen.teacher is None else args.refit_weight
-        run.refitted = refit.fit(args, frozen, args.embedding_size, steps=args.refit, weight=weight)
+        γ = 0.0 if frozen.teacher is None else args.refit_weight
+        size, steps = args.embedding_size, args.refit
+        run.refitted = refit.fit(args, frozen, size, steps=steps, distill_weight=γ)
         run.refit_seconds = time.perf_counter() - start
 
     def save(self) -> None:

@@ -71,11 +71,8 @@ def plain_s2sd(loss_func, embeddings, features_map, labels, step, indices_tuple=
             branch(b.loss, b.miner, z, indices_tuple if b.miner is None else None)
             for b, z in zip(branches, heads, strict=True)
         ]
-        gamma = (
-            loss_func.distill_weight(step)
-            if callable(loss_func.distill_weight)
-            else loss_func.distill_weight
-        )
+        gamma = loss_func.distill_weight
+        gamma = gamma(step) if callable(gamma) else gamma
         kl = [plain_kl(z, embeddings, t, e) for z in heads]
         total = 0.5 * (base + sum(aux) / len(aux)) + gamma * sum(kl) / len(kl)
     if step >= loss_func.feature_distill_delay:

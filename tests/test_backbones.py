@@ -11,6 +11,7 @@ import backbones  # isort: skip
 import config  # isort: skip
 import export  # isort: skip
 import image_sets  # isort: skip
+import options  # isort: skip
 import train  # isort: skip
 from network import Network  # isort: skip
 
@@ -161,9 +162,9 @@ def test_a_recipe_trains_on_a_miniature_tree(recipe, tmp_path):
     dataset = {"cub": "cub200", "cars": "cars196", "sop": "sop"}[recipe.split("-")[0]]
     root = TREES[dataset][1](tmp_path / "tree")
     less = "--epochs 1 --steps-per-epoch 2 --batch-size 8 --image-size 64 --workers 1 --threads 1"
-    module = NEEDS["bninception" if "ibn" in recipe else "resnet50"]
+    backbone = options.parse(options.parser(), ["--recipe", recipe]).backbone
     try:
-        __import__(module)
+        __import__(NEEDS[backbone])
         less += " --no-pretrained"
     except (ImportError, RuntimeError):
         less += " --backbone cnn"

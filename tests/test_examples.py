@@ -75,9 +75,8 @@ def test_the_command_trains_both_prints_the_table_and_writes_everything(tmp_path
 
 
 def test_two_ranks_give_what_one_process_gives_and_speak_once(tmp_path):
-    uneven = (
-        "--batch-size 33 --per-class 3 --feature-distill-delay 1 --lr 3e-4 --device cpu".split()
-    )
+    uneven = "--batch-size 33 --per-class 3 --feature-distill-delay 1 --lr 3e-4".split()
+    uneven += ["--device", "cpu"]
     flags = [*SMALL, *uneven, "--no-report", "--output"]
     done = command(*TORCHRUN, "examples/train.py", *flags, tmp_path / "two")
     assert done.returncode == 0, done.stderr

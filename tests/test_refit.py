@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import shutil
 
 import pytest
 import torch
@@ -43,8 +42,8 @@ def test_what_is_fitted_falls():
         return kl.item(), loss_func(embeddings, labels, miner(embeddings, labels)).item()
 
     start = found(steps=0)
-    copied = found(steps=60, base=False, weight=1.0)
-    based, both = found(steps=60), found(steps=60, weight=10.0)
+    copied = found(steps=60, base=False, distill_weight=1.0)
+    based, both = found(steps=60), found(steps=60, distill_weight=10.0)
     assert copied[0] < 0.9 * start[0]
     assert based[1] < 0.9 * start[1]
     assert copied[0] < both[0] < based[0]
@@ -71,12 +70,12 @@ def test_its_steps_are_those_of_adam_on_the_whole_objective(monkeypatch):
         optimizer.zero_grad()
         (loss_func(z, y, miner(z, y)) + kl).backward()
         optimizer.step()
-    fitted = refit.fit(args, frozen, 4, steps=2, weight=3.0)
+    fitted = refit.fit(args, frozen, 4, steps=2, distill_weight=3.0)
     torch.testing.assert_close(fitted.weight, embedder.weight)
     torch.testing.assert_close(fitted.bias, embedder.bias)
 
     monkeypatch.setattr(ranks, "world", lambda: 2)  # one rank fits, to whole batches
-    again = refit.fit(args, frozen, 4, steps=2, weight=3.0)
+    again = refit.fit(args, frozen, 4, steps=2, distill_weight=3.0)
     assert torch.equal(again.weight, fitted.weight)
 
 
@@ -92,7 +91,8 @@ def test_it_is_fitted_to_training_images_and_to_the_chosen_epoch(tmp_path, monke
     monkeypatch.setattr(refit, "fit", watched)
     flags = "--dataset inshop --image-size 16 --batch-size 4 --per-class 2 --dims 24 32 --refit 3"
     flags += " --epochs 1 --steps-per-epoch 2 --choose-epoch --validation-share 0.5 --ema 0.5"
-    args = parsed(*flags.split(), "--quiet", "--root", inshop(tmp_path))
+    folders = ["--root", inshop(tmp_path), "--output", tmp_path / "out"]
+    args = parsed(*flags.split(), "--quiet", *folders)
     split, held_out = train.prepare(args)
     trainer = train.Trainer("S2SD", train.s2sd_loss, args, split, held_out, {}, None)
     trainer.best.update(2.0, 1)
@@ -112,17 +112,17 @@ def test_it_is_fitted_to_training_images_and_to_the_chosen_epoch(tmp_path, monke
 
 
 def test_its_configuration_repeats_it(tmp_path):
-    def scores():
-        with open(tmp_path / "metrics.csv", newline="") as file:
+    def scores(folder):
+        with open(folder / "metrics.csv", newline="") as file:
             return [(r["run"], r["metric"], r["value"]) for r in csv.DictReader(file)]
 
-    flags = ["--baseline-only", "--refit", "3", "--no-report", "--output", str(tmp_path)]
-    train.main([*SMALL, *flags])
-    first = scores()
+    flags = ["--baseline-only", "--refit", "3", "--no-report"]
+    train.main([*SMALL, *flags, "--output", str(tmp_path / "first")])
+    first = scores(tmp_path / "first")
     assert ("base, refit", "MAP@R") in {row[:2] for row in first}
-    config = shutil.copy(tmp_path / "config.json", tmp_path / "again.json")
-    train.main(["--config", str(config), "--no-report"])
-    assert scores() == first
+    again = ["--no-report", "--output", str(tmp_path / "again")]
+    train.main(["--config", str(tmp_path / "first" / "config.json"), *again])
+    assert scores(tmp_path / "again") == first
 
 
 def test_a_run_tests_and_exports_the_new_embedder(tmp_path, capsys):

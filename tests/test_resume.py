@@ -28,8 +28,9 @@ import train  # noqa: E402
 from evaluate import apply  # noqa: E402
 
 FLAGS = (
-    "--epochs 2 --steps-per-epoch 3 --batch-size 16 --dims 24 32 --threads 1 --feature-distill-delay 2 "
-    "--loss ProxyAnchorLoss --miner none --checkpoint-every 1 --quiet --no-report"
+    "--epochs 2 --steps-per-epoch 3 --batch-size 16 --dims 24 32 --threads 1 "
+    "--feature-distill-delay 2 --loss ProxyAnchorLoss --miner none --checkpoint-every 1 "
+    "--quiet --no-report"
 ).split()
 STEPS = 6
 

@@ -410,11 +410,8 @@ def test_later_settings_win(tmp_path):
     file.write_text("lr: 0.5\nbatch_size: 40\nexclude-self: true\nloss_args: {alpha: 3, beta: 4}\n"
                     "dims: [7, 8]\nvalidation: true\nhead_lr: null\n")  # fmt: skip
     args = parsed("--recipe", "sop-r50-128-margin", "--config", file, "--no-validation", "--lr", 2)
-    assert (args.dataset, args.per_class, args.feature_distill_weight) == (
-        "sop",
-        2,
-        5,
-    )  # the recipe's
+    found = (args.dataset, args.per_class, args.feature_distill_weight)
+    assert found == ("sop", 2, 5)  # the recipe's
     assert (args.batch_size, args.exclude_self, args.dims) == (40, True, [7, 8])  # the file's
     assert args.loss_args == {"alpha": 3, "beta": 4}
     assert (args.lr, args.head_lr, args.validation) == (2.0, 2.0, False)  # given
@@ -440,9 +437,8 @@ def test_the_weights_of_distillation_rise_along_the_ramp(tmp_path):
     assert train.ramp(parsed(), 8.0) == 8
     assert train.ramp(parsed("--ramp", 2, 6), 0.0) == 0
     late = main(tmp_path / "late", "--s2sd-only", "--feature-distill-delay", 0, "--ramp", 100, 200)
-    none = main(
-        tmp_path / "none", "--s2sd-only", "--distill-weight", 0, "--feature-distill-weight", 0
-    )
+    no_kl = ("--distill-weight", 0, "--feature-distill-weight", 0)
+    none = main(tmp_path / "none", "--s2sd-only", *no_kl)
     risen = main(tmp_path / "risen", "--s2sd-only", "--feature-distill-delay", 0, "--ramp", 1, 3)
     assert final(late, "S2SD")["loss"] == final(none, "S2SD")["loss"] < final(risen, "S2SD")["loss"]
 
@@ -566,7 +562,8 @@ def test_wandb_is_named_where_it_is_missing(tmp_path, capsys, monkeypatch):
 # ---- recipes
 
 PAPER = {
-    "dims": [512, 1024, 1536, 2048], "temperature": 1.0, "distill_weight": 50.0, "feature_distill_delay": 1000,
+    "dims": [512, 1024, 1536, 2048], "temperature": 1.0,
+    "distill_weight": 50.0, "feature_distill_delay": 1000,
     "epochs": 150, "batch_size": 112, "per_class": 2, "optimizer": "adam", "lr": 1e-5,
     "weight_decay": 4e-4, "head_weight_decay": 0.0, "head_lr": 1e-5, "schedule": "constant",
     "image_size": 224, "exclude_self": False, "pretrained": True, "warmup": 0,
