@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import validation
 from .errors import BatchError
 from .functional import full_precision
+from .refusals import refused
 from .sharing import SharedDistance, SharedIndices, share_distance
 
 
@@ -87,7 +88,7 @@ def metric_loss(
                 loss(embeddings, **given) if labels is None else loss(embeddings, labels, **given)
             )
         except Exception as error:
-            refusal = validation.refused(error, loss, miner, embeddings, labels, passed)
+            refusal = refused(error, loss, miner, embeddings, labels, passed)
             if refusal is None:
                 raise
             raise refusal from error

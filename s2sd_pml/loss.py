@@ -14,7 +14,6 @@ from . import cloning, distributed, groups, recipes, validation
 from .branch import Branch, metric_loss
 from .capture import FeatureCapture
 from .cloning import clone_loss, clone_miner, made_by
-from .errors import ArgumentError
 from .functional import full_precision, relation_kl
 from .guard import OptimizerGuard
 from .heads import POOLINGS, Pooling, ProjectionHead, Unowned, output_width, pool
@@ -22,6 +21,12 @@ from .sharing import SharedIndices
 from .unrecorded import UnrecordedModuleDict
 
 Schedule = float | Callable[[int], float]
+# What frameworks look for on a module to initialise or unwrap it: never the base loss's.
+NOT_FORWARDED = ("weight", "bias", "reset_parameters", "init_weights", "module")
+SETTINGS = (
+    "feature_dim head_dims distill_weight temperature feature_distill_weight feature_distill_delay "
+    "pooling exclude_self chunk_size gather_distributed"
+).split()
 RECORDS = ["base_loss", "aux_loss", "distill_loss", "feature_distill_loss"]
 
 
@@ -45,7 +50,8 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         loss: a PML loss, or a factory ``embedding size -> loss`` for losses that
             ``clone_loss`` does not know.
         miner: a PML miner, copied for every branch; or None.
-        feature_dim: F. Inferred from ``embedder`` if its first layer with parameters is nn.Linear.
+        feature_dim: F. Read off the first layer of ``embedder``, if that is linear or a
+            normalisation.
         embedder: the module whose input is the features. They are captured as it is called.
         trunk: or the module whose output is the features.
         head_dims: the dimensions of the auxiliary heads, all different.
@@ -66,6 +72,10 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
             "distill_512" and so on for each head.
         step: training forwards so far, a buffer that is saved and restored with the state_dict.
         capture: the FeatureCapture in use, or None. Assign one after unpickling a loss.
+
+    Public attributes of the base loss, such as ``proxies``, ``W`` or ``get_logits``, can be read
+    here too. ``head_dims`` and ``feature_dim`` are fixed; other settings can be assigned between
+    steps.
 
     Raises:
         S2SDError: a subclass, whose message reports the offending value and suggests a fix.
@@ -116,7 +126,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         super().__init__()
         self.distill_weight = distill_weight
         self.temperature = temperature
-        self.feature_distill_weight = feature_distill_weight
+        self.feature_distill_weight = recipes.plain(feature_distill_weight)
         self.feature_distill_delay = feature_distill_delay
         self.pooling = Unowned(pooling) if isinstance(pooling, nn.Module) else pooling
         self.exclude_self = exclude_self
@@ -132,7 +142,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
             validation.check_whole("embedding_size", embedding_size, at_least=1)
         elif embedder is not None:
             embedding_size = output_width(embedder)
-        self.loss = cloning.make_loss(loss, embedding_size)
+        self.loss = cloning.make_base_loss(loss, embedding_size)
         validation.check_supported(self.loss)
         self.miner = miner
         self.branches = UnrecordedModuleDict()
@@ -158,30 +168,34 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
 
     @classmethod
     def dsd(cls, loss: Any, miner: Any = None, **kwargs: Any) -> S2SDLoss:
-        """DSD: one head (of the largest published dimension, 2048), no feature distillation."""
-        self = cls(loss, miner, **{"head_dims": (2048,), "feature_distill_weight": 0.0, **kwargs})
-        if len(self.head_dims) != 1:
-            raise ArgumentError(f"DSD has one head, not head_dims={self.head_dims}. Use msd.")
-        return self
+        """DSD: one head (of the largest published dimension, 2048), no feature distillation.
+
+        Here as in the other variants, an argument that contradicts the name is refused, and a
+        recipe fits: DSD takes its largest head, DSD and MSD leave feature distillation out.
+        """
+        return cls(loss, miner, **recipes.variant_settings("dsd", kwargs))
 
     @classmethod
     def msd(cls, loss: Any, miner: Any = None, **kwargs: Any) -> S2SDLoss:
         """MSD: several heads, no feature distillation."""
-        return cls(loss, miner, **{"feature_distill_weight": 0.0, **kwargs})
+        return cls(loss, miner, **recipes.variant_settings("msd", kwargs))
 
     @classmethod
     def msdf(cls, loss: Any, miner: Any = None, **kwargs: Any) -> S2SDLoss:
         """MSDF: several heads and, from step ``feature_distill_delay`` on, feature distillation."""
-        return cls(loss, miner, **kwargs)
+        return cls(loss, miner, **recipes.variant_settings("msdf", kwargs))
 
     @classmethod
     def msdfa(cls, loss: Any, miner: Any = None, **kwargs: Any) -> S2SDLoss:
         """MSDFA: MSDF on the sum of average- and max-pooled feature maps."""
-        return cls(loss, miner, **{"pooling": "avg+max", **kwargs})
+        return cls(loss, miner, **recipes.variant_settings("msdfa", kwargs))
 
     @staticmethod
     def recipe(name: str) -> dict[str, Any]:
         """Keyword arguments that go together, to pass on as they are or changed.
+
+        They fit ``S2SDLoss`` and every variant. Where you change ``head_dims`` or
+        ``feature_distill_weight``, your value counts as given by hand.
 
         They are settings of this loss. The example trainer's ``--recipe`` is another thing: a file
         of all flags of a run.
@@ -194,7 +208,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
                 documentation.
 
         Returns:
-            ``head_dims``, ``head``, ``weight``, ``temperature``, ``feature_distill_weight``,
+            ``head_dims``, ``head``, ``distill_weight``, ``temperature``, ``feature_distill_weight``,
             ``feature_distill_delay`` and ``exclude_self``.
 
         Raises:
@@ -365,8 +379,18 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         return self
 
     def extra_repr(self) -> str:
-        names = "feature_dim head_dims distill_weight temperature feature_distill_weight feature_distill_delay pooling"
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in SETTINGS)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        validation.check_assignable(self, name, value)
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """Public attributes of the base loss, such as its proxies, where there is none here."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            return base_loss_attribute(self, name, error)
 
     @property
     def _distils_features(self) -> bool:
@@ -425,3 +449,19 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
             for record in RECORDS:
                 setattr(self, record, self.components[record.removesuffix("_loss")].item())
         return loss
+
+
+def base_loss_attribute(loss_func: nn.Module, name: str, error: AttributeError) -> Any:
+    """An attribute that only the base loss has, or an AttributeError that names the base loss."""
+    base = loss_func.__dict__.get("_modules", {}).get("loss")
+    if base is None or name.startswith("_"):
+        raise error
+    if name in NOT_FORWARDED and hasattr(base, name):
+        raise AttributeError(f"S2SDLoss has no {name!r}. Use loss_func.loss.{name}.") from None
+    try:
+        return getattr(base, name)
+    except AttributeError:
+        raise AttributeError(
+            f"S2SDLoss has no {name!r}, and neither has loss_func.loss, the base loss "
+            f"{type(base).__name__}."
+        ) from error
