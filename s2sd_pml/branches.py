@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from . import stacking
 from .errors import BatchError, S2SDWarning, outside
+from .refusals import refused
 from .similarity import full_precision
-from .validation import check_loss_value, refused
+from .validation import check_loss_value
 
 
 class Branch(nn.Module):

@@ -23,7 +23,7 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True)
 class EmbeddingAxis:
-    """Where a loss keeps its embedding-sized parameter, and how it is initialised anew."""
+    """Where a loss keeps its embedding-sized parameter, and how it is initialised again."""
 
     parameter: str
     axis: int
@@ -144,7 +144,7 @@ def embedding_size_of(loss: nn.Module) -> int | None:
     return None if spec is None or parameter is None else int(parameter.shape[spec.axis])
 
 
-def make_loss(loss: Any, embedding_size: int | None) -> nn.Module:
+def make_base_loss(loss: Any, embedding_size: int | None) -> nn.Module:
     """The base loss itself, or what a factory makes for the size of the base embedding."""
     if isinstance(loss, nn.Module):
         return loss

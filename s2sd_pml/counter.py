@@ -17,6 +17,8 @@ class StepCounter(nn.Module):
     counted by a tensor on the device. It is read only where somebody asks for the number.
     """
 
+    _compiled: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self._eager = 0

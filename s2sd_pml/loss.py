@@ -7,26 +7,25 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.losses import SelfSupervisedLoss
-from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import Tensor, nn
 
-from . import cloning, distributed, recipes, validation
+from . import cloning, distributed, validation
 from .branches import Batch, Branch, MetricLosses, metric_loss
 from .capture import FeatureCapture
 from .cloning import clone_loss, clone_miner, made_by
-from .counter import StepCounter, is_compiling, rename_step
-from .errors import ArgumentError
+from .counter import is_compiling
 from .functional import rows_kl, similarity_kl
 from .heads import POOLINGS, Pooling, ProjectionHead, Unowned, output_width, pool
 from .optimizer import OptimizerGuard, add_to, param_groups
+from .recipes import PAPER_HEAD_DIMS, Variants, plain
 from .similarity import cosine_block, full_precision
-from .unrecorded import UnrecordedModuleDict
+from .wrapper import LossWrapper, UnrecordedModuleDict
 
 Schedule = float | Callable[[int], float]
 RECORDS = ["base_loss", "aux_loss", "distill_loss", "feature_distill_loss"]
 
 
-class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
+class S2SDLoss(Variants, LossWrapper):
     """Simultaneous Similarity-based Self-Distillation (S2SD) around a metric-learning loss.
 
     With features φ (B, F), embeddings ψ = f(φ) (B, D), heads g_1 ... g_m, a base loss L and
@@ -47,7 +46,8 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         loss: a PML loss, or a factory ``embedding size -> loss`` for losses that
             ``clone_loss`` does not know.
         miner: a PML miner, copied for every branch; or None.
-        feature_dim: F. Inferred from ``embedder`` if its first layer with parameters is nn.Linear.
+        feature_dim: F. Read off the first layer of ``embedder``, if that is linear or a
+            normalisation.
         embedder: the module whose input is the features. They are captured as it is called.
         trunk: or the module whose output is the features.
         head_dims: the dimensions of the auxiliary heads, all different.
@@ -69,6 +69,10 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
             "distill_512" and so on for each head.
         step: training forwards so far, saved and restored with the state_dict.
         capture: the FeatureCapture in use, or None. Assign one after unpickling a loss.
+
+    Public attributes of the base loss, such as ``proxies``, ``W`` or ``get_logits``, can be read
+    here too. ``head_dims`` and ``feature_dim`` are fixed; other settings can be assigned between
+    steps.
 
     Raises:
         S2SDError: a subclass, whose message reports the offending value and suggests a fix.
@@ -103,7 +107,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         feature_dim: int | None = None,
         embedder: nn.Module | None = None,
         trunk: nn.Module | None = None,
-        head_dims: Sequence[int] = recipes.PAPER_HEAD_DIMS,
+        head_dims: Sequence[int] = PAPER_HEAD_DIMS,
         head: Callable[[int, int], nn.Module] = ProjectionHead,
         distill_weight: Schedule = 50.0,
         temperature: float = 1.0,
@@ -118,7 +122,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         super().__init__()
         self.distill_weight = distill_weight
         self.temperature = temperature
-        self.feature_distill_weight = feature_distill_weight
+        self.feature_distill_weight = plain(feature_distill_weight)
         self.feature_distill_delay = feature_distill_delay
         self.pooling = Unowned(pooling) if isinstance(pooling, nn.Module) else pooling
         self.exclude_self = exclude_self
@@ -134,7 +138,7 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
             validation.check_whole("embedding_size", embedding_size, at_least=1)
         elif embedder is not None:
             embedding_size = output_width(embedder)
-        self.loss = cloning.make_loss(loss, embedding_size)
+        self.loss = cloning.make_base_loss(loss, embedding_size)
         validation.check_supported(self.loss)
         self.miner = miner
         self.branches = UnrecordedModuleDict()
@@ -149,8 +153,6 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         cloning.check_independent("head", list(self._heads.values()))
         validation.check_takes_pairs(self.loss, miner)
         self._stacks = self._losses.agree_with_pml()
-        self.counter = StepCounter()
-        self._register_load_state_dict_pre_hook(rename_step)
         self.capture: FeatureCapture | None = None
         if self._distils and embedder is not None:
             self.capture = FeatureCapture(embedder, "input")
@@ -159,59 +161,6 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         self.components: dict[str, Tensor] = {}
         self._guard = OptimizerGuard()
         self.add_to_recordable_attributes(list_of_names=RECORDS, is_stat=True)
-
-    @classmethod
-    def dsd(cls, loss: Any, miner: Any = None, **kwargs: Any) -> S2SDLoss:
-        """DSD: one head (of the largest published dimension, 2048), no feature distillation."""
-        self = cls(loss, miner, **{"head_dims": (2048,), "feature_distill_weight": 0.0, **kwargs})
-        if len(self.head_dims) != 1:
-            raise ArgumentError(f"DSD has one head, not head_dims={self.head_dims}. Use msd.")
-        return self
-
-    @classmethod
-    def msd(cls, loss: Any, miner: Any = None, **kwargs: Any) -> S2SDLoss:
-        """MSD: several heads, no feature distillation."""
-        return cls(loss, miner, **{"feature_distill_weight": 0.0, **kwargs})
-
-    @classmethod
-    def msdf(cls, loss: Any, miner: Any = None, **kwargs: Any) -> S2SDLoss:
-        """MSDF: several heads and, from step ``feature_distill_delay`` on, feature distillation."""
-        return cls(loss, miner, **kwargs)
-
-    @classmethod
-    def msdfa(cls, loss: Any, miner: Any = None, **kwargs: Any) -> S2SDLoss:
-        """MSDFA: MSDF on the sum of average- and max-pooled feature maps."""
-        return cls(loss, miner, **{"pooling": "avg+max", **kwargs})
-
-    @staticmethod
-    def recipe(name: str) -> dict[str, Any]:
-        """Keyword arguments that go together, to pass on as they are or changed.
-
-        They are settings of this loss. The example trainer's ``--recipe`` is another thing: a file
-        of all flags of a run.
-
-        Args:
-            name: "paper", the defaults: weights of 50 at T = 1, for some 8,000 steps at a learning
-                rate of 1e-5. Or "small-data", for some hundred steps at a higher one: weights of 10
-                at T = 0.1 without the diagonal, so that near neighbours teach, and smaller heads,
-                of one layer. What it was chosen by, and what it gains, is measured in the
-                documentation.
-
-        Returns:
-            ``head_dims``, ``head``, ``weight``, ``temperature``, ``feature_distill_weight``,
-            ``feature_distill_delay`` and ``exclude_self``.
-
-        Raises:
-            ArgumentError: for another name.
-
-        Examples:
-            >>> from pytorch_metric_learning import losses
-            >>> settings = S2SDLoss.recipe("small-data")
-            >>> settings["temperature"], settings["exclude_self"]
-            (0.1, True)
-            >>> loss_func = S2SDLoss(losses.NTXentLoss(), feature_dim=32, **settings)
-        """
-        return recipes.recipe(name)
 
     def forward(
         self,
@@ -311,19 +260,6 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
         add_to(self, self._head_parameters(), optimizer, **group)
         return self
 
-    def extra_repr(self) -> str:
-        names = "feature_dim head_dims distill_weight temperature feature_distill_weight"
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
-
-    @property
-    def step(self) -> int:
-        """Training forwards so far."""
-        return self.counter.count
-
-    @step.setter
-    def step(self, step: int) -> None:
-        self.counter.count = step
-
     @property
     def _distils_features(self) -> bool:
         return callable(self.feature_distill_weight) or self.feature_distill_weight != 0
@@ -354,9 +290,10 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
 
     def _base_loss_alone(self, batch: Batch) -> Tensor:
         """The loss of the embeddings, as without S2SD."""
-        (embeddings,), (ref_emb,), *others = batch
-        validation.check_batch(embeddings, *others[:2], ref_emb, self.loss)
-        loss = metric_loss(self.loss, self.miner, embeddings, *others[:2], ref_emb, others[2])
+        (embeddings,), (ref_emb,), labels, indices_tuple, ref_labels = batch
+        validation.check_batch(embeddings, labels, indices_tuple, ref_emb, self.loss)
+        arguments = (embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        loss = metric_loss(self.loss, self.miner, *arguments)
         self._record(loss.detach().reshape(1), loss.new_zeros(0))
         return loss
 
@@ -385,8 +322,8 @@ class S2SDLoss(ModuleWithRecords):  # type: ignore[misc]
             ref_φ = self._features(ref_features, ref_emb, "ref_features") if g else None
             refs = [ref_emb, *self._project(ref_φ)]
         begun = is_compiling() or self.step >= self.feature_distill_delay
-        teaches = φ is not None and self._distils_features and begun
-        teacher = [gather(full_precision(φ.detach()))] if teaches else []
+        teaches = self._distils_features and begun
+        teacher = [] if φ is None or not teaches else [gather(full_precision(φ.detach()))]
         return Batch(spaces, refs, gather(labels), indices_tuple, ref_labels), teacher
 
     def _features(self, features: Tensor | None, embeddings: Tensor, name: str) -> Tensor | None:

@@ -200,7 +200,8 @@ def _by_pairs(loss: Any, block: Tensor, labels: Tensor, indices_tuple: Any) -> d
             lmu.get_all_triplets_indices if triplets else lmu.get_all_pairs_indices
         )
         indices_tuple = every(labels)
-    compute_loss, without_values = type(loss).compute_loss, set()
+    compute_loss = type(loss).compute_loss
+    without_values: set[str] = set()
 
     def one_space(matrix: Tensor) -> dict[str, Tensor]:
         terms = compute_loss(_OnMatrix(loss), matrix, labels, indices_tuple, None, None)

@@ -7,8 +7,14 @@ from pytorch_metric_learning import losses, miners
 from torch import nn
 
 from s2sd_pml import clone_loss
-from s2sd_pml.cloning import EMBEDDING_AXES, SIZE_FREE_PARAMETERS, clone_miner
-from s2sd_pml.errors import UnsupportedLossError
+from s2sd_pml.cloning import (
+    EMBEDDING_AXES,
+    SIZE_FREE_PARAMETERS,
+    check_independent,
+    clone_miner,
+    make_base_loss,
+)
+from s2sd_pml.errors import ArgumentError, UnsupportedLossError
 
 LOSSES = [n for n in loss_names() if n != "GenericPairLoss"]
 
@@ -112,7 +118,7 @@ def test_a_subclass_of_a_known_loss_is_known():
     )
 
 
-def test_unknown_parameters_are_refused_with_the_factory_as_mend():
+def test_unknown_parameters_are_refused_and_a_factory_helps():
     class Learned(losses.TripletMarginLoss):
         def __init__(self):
             super().__init__()
@@ -128,13 +134,34 @@ def test_unknown_parameters_are_refused_with_the_factory_as_mend():
             clone_loss(loss, 20)
     with pytest.raises(UnsupportedLossError, match="'scale'"):
         clone_loss(losses.MultipleLosses([Learned()]), 20)
+    made = make_base_loss(lambda dim: More(), SIZE)
+    assert made.gate.weight.shape == (1, SIZE)
 
 
 def test_a_loss_that_cannot_be_copied_is_refused():
     loss = losses.TripletMarginLoss()
     loss.graph = torch.ones(1, requires_grad=True) * 2  # what DynamicSoftMarginLoss keeps
-    with pytest.raises(UnsupportedLossError, match="cannot be copied"):
+    with pytest.raises(UnsupportedLossError, match="cannot be copied.*before its first call"):
         clone_loss(loss, 20)
+    clone_loss(losses.TripletMarginLoss(), 20)  # as suggested
+    assert make_base_loss(lambda dim: losses.TripletMarginLoss(), 20) is not loss
+
+
+def test_factories():
+    loss = losses.TripletMarginLoss()
+    assert make_base_loss(loss, None) is loss
+    assert make_base_loss(lambda dim: losses.ArcFaceLoss(4, dim), 20).W.shape == (20, 4)
+    with pytest.raises(
+        ArgumentError, match="size of the base embedding is unknown.*embedding_size"
+    ):
+        make_base_loss(lambda dim: loss, None)
+    with pytest.raises(UnsupportedLossError, match="failed for dimension 20.*called as factory"):
+        make_base_loss(lambda: loss, 20)
+    with pytest.raises(UnsupportedLossError, match="returned NoneType for dimension 20"):
+        make_base_loss(lambda dim: None, 20)
+    check_independent("loss", [loss, losses.TripletMarginLoss()])
+    with pytest.raises(UnsupportedLossError, match="loss factory returned the same TripletMargin"):
+        check_independent("loss", [loss, loss])
 
 
 def test_frozen_parameters_stay_frozen():

@@ -1,19 +1,21 @@
 """Bad arguments and batches are refused: the message has the offending value and a fix."""
 
 import copy
+import pickle
+import sys
 
 import numpy as np
 import pytest
 import torch
 from helpers import Model, images
-from pytorch_metric_learning import losses, miners, reducers
+from pytorch_metric_learning import distances, losses, miners, reducers
 from pytorch_metric_learning.utils.distributed import (
     DistributedLossWrapper,
     DistributedMinerWrapper,
 )
 from torch import nn
 
-from s2sd_pml import S2SDLoss
+from s2sd_pml import S2SDLoss, validation
 from s2sd_pml.errors import (
     ArgumentError,
     BatchError,
@@ -176,6 +178,52 @@ def test_bad_arguments(case):
     assert isinstance(caught.value, ValueError)
 
 
+FIXED_ARGUMENTS = {
+    "class": ((losses.TripletMarginLoss(),), {}),
+    "class, factory": ((lambda dim: losses.TripletMarginLoss(),), {}),
+    "miner_class": ((LOSS, miners.HDCMiner()), {}),
+    "miner_layer": ((LOSS,), {"embedder": LINEAR}),
+    "both": ((LOSS,), {"embedder": None, "trunk": CONV, "feature_dim": 12}),
+    "nothing": ((LOSS,), {"embedder": None, "feature_dim": 12}),
+    "feature_dim_differs": ((LOSS,), {"embedder": LINEAR}),
+    "dims_int": ((LOSS,), {"head_dims": (512, 1024)}),
+    "dims_twice": ((LOSS,), {"head_dims": (512, 513)}),
+    "chunk": ((LOSS,), {"chunk_size": None}),
+    "dict": ((losses.TripletMarginLoss(reducer=reducers.MeanReducer()),), {}),
+    "nested": ((LOSS,), {"head_dims": (8, 9)}),
+    "distributed": ((LOSS,), {"gather_distributed": True}),
+    "distributed_miner": ((LOSS, miners.HDCMiner()), {"gather_distributed": True}),
+    "unknown_parameters": ((lambda dim: Scaled(),), {}),
+    "miner_without_pairs": ((losses.VICRegLoss(),), {}),
+    "factory_size": (
+        (lambda dim: losses.TripletMarginLoss(),),
+        {"embedder": None, "feature_dim": 12, "embedding_size": 6},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FIXED_ARGUMENTS)
+def test_what_the_message_suggests_works(case):
+    args, kwargs = FIXED_ARGUMENTS[case]
+    S2SDLoss(*args, **{"embedder": LINEAR, "head_dims": (8,), **kwargs})
+
+
+def test_a_loss_is_known_by_its_type_and_not_by_its_name():
+    class Mine(losses.VICRegLoss):
+        pass
+
+    class PNPLoss(losses.ContrastiveLoss):
+        pass
+
+    settings = {"embedder": LINEAR, "head_dims": (8,)}
+    with pytest.raises(ArgumentError, match="Mine takes no pairs.*HDCMiner"):
+        S2SDLoss(Mine(), miners.HDCMiner(), **settings)
+    loss_func = S2SDLoss(PNPLoss(), miners.HDCMiner(), **settings)
+    loss_func(LINEAR(torch.randn(8, 12)), torch.arange(8) // 2).backward()
+    namesake = type("S2SDLoss", (losses.ContrastiveLoss,), {})
+    S2SDLoss(namesake(), **settings)
+
+
 @pytest.mark.parametrize(
     "embedder",
     [
@@ -213,7 +261,7 @@ def test_a_feature_dim_given_is_taken_where_the_embedder_pools_or_reshapes():
     assert both.feature_dim == 6
 
 
-def test_a_compiled_embedder_tells_its_width():
+def test_the_width_of_a_compiled_embedder_is_known():
     compiled = torch.compile(nn.Linear(12, 6))
     assert S2SDLoss(LOSS, embedder=compiled, head_dims=(8,)).feature_dim == 12
 
@@ -250,6 +298,133 @@ def test_a_factory_with_a_size_given():
     )
     assert loss_func.loss.W.shape == (6, 4)
     assert loss_func.branches["head_8"].loss.W.shape == (8, 4)
+
+
+def test_a_weight_of_a_schedule_is_refused_with_its_step():
+    loss_func = S2SDLoss(LOSS, embedder=LINEAR, head_dims=(8,), distill_weight=lambda step: -step)
+    loss_func(LINEAR(torch.randn(8, 12)), torch.arange(8) // 2)
+    with pytest.raises(ArgumentError, match="distill_weight=-1 at step 1 must be a finite number"):
+        loss_func(LINEAR(torch.randn(8, 12)), torch.arange(8) // 2)
+
+
+# --- attributes -------------------------------------------------------------------------------
+
+
+def proxies_loss(**kwargs):
+    settings = {"feature_dim": 12, "head_dims": (8, 9), **kwargs}
+    return S2SDLoss(losses.ProxyAnchorLoss(4, 6), **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("head_dims", (64,)),
+        ("feature_dim", 13),
+        ("embedder", LINEAR),
+        ("trunk", CONV),
+        ("head", nn.Linear),
+        ("embedding_size", 7),
+    ],
+)
+def test_what_the_loss_was_built_for_cannot_be_assigned(name, value):
+    loss_func = proxies_loss()
+    before = repr(loss_func)
+    with pytest.raises(ArgumentError, match=rf"{name}=.*cannot be assigned.*\(..., {name}=...\)"):
+        setattr(loss_func, name, value)
+    assert repr(loss_func) == before
+    with pytest.raises(ArgumentError, match=name):
+        setattr(pickle.loads(pickle.dumps(loss_func)), name, value)
+    # as suggested
+    assert repr(proxies_loss(**{name: value})).startswith("S2SDLoss")
+
+
+def test_the_printout_has_every_setting():
+    given = {
+        "feature_dim": 12,
+        "head_dims": (8, 9),
+        "distill_weight": 3.0,
+        "temperature": 0.25,
+        "feature_distill_weight": 4.0,
+        "feature_distill_delay": 77,
+        "pooling": "avg+max",
+        "exclude_self": True,
+        "chunk_size": 5,
+        "gather_distributed": True,
+    }
+    lines = repr(S2SDLoss(LOSS, **given)).replace("\n", " ")
+    for name, value in given.items():
+        assert f"{name}={value!r}" in lines
+
+
+def test_attributes_of_the_base_loss_are_reached():
+    proxy, arc = proxies_loss(), S2SDLoss(losses.ArcFaceLoss(4, 6), feature_dim=12, head_dims=(8,))
+    assert proxy.proxies is proxy.loss.proxies
+    assert proxy.num_classes == 4
+    assert arc.W is arc.loss.W
+    assert arc.get_logits(torch.randn(3, 6)).shape == (3, 4)
+    assert arc.head_dims == (8,)  # its own come first
+    assert {n for n, _ in arc.named_parameters() if n.count(".") == 1} == {"loss.W"}
+
+
+def test_attributes_that_nobody_has_name_the_base_loss():
+    loss_func = proxies_loss()
+    with pytest.raises(AttributeError, match=r"no 'W'.*loss_func\.loss.*ProxyAnchorLoss"):
+        _ = loss_func.W
+    assert not hasattr(loss_func, "_load_from_nothing")
+    assert getattr(loss_func, "no_such", None) is None
+    with pytest.raises(AttributeError, match="'_hidden'") as caught:
+        _ = loss_func._hidden
+    assert "loss_func.loss" not in str(caught.value)
+
+
+def test_initialisers_and_frameworks_see_no_weight_of_the_base_loss():
+    class Weighted(losses.ContrastiveLoss):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias, self.module = torch.ones(3), torch.ones(3), self.reducer
+
+        def reset_parameters(self):
+            raise AssertionError("called")
+
+    loss_func = S2SDLoss(Weighted(), feature_dim=12, head_dims=(8,))
+    for name in ("weight", "bias", "reset_parameters", "init_weights", "module"):
+        assert not hasattr(loss_func, name)
+    with pytest.raises(AttributeError, match=r"no 'weight'\. Use loss_func\.loss\.weight"):
+        _ = loss_func.weight
+    assert loss_func.loss.weight.shape == (3,)  # as suggested
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_copies_have_their_own_base_loss(copied):
+    loss_func = proxies_loss()
+    other = copied(loss_func)
+    assert other.head_dims == (8, 9)
+    assert other.proxies is other.loss.proxies
+    torch.testing.assert_close(other.proxies, loss_func.proxies)
+    blank = S2SDLoss.__new__(S2SDLoss)  # before __init__, as copy and pickle have it
+    for name in ("loss", "proxies", "head_dims", "_modules"):
+        assert not hasattr(blank, name)
+
+
+def test_checks_and_attributes_are_compiled_without_a_graph_break():
+    loss_func = S2SDLoss(LOSS, feature_dim=12, head_dims=(8,), feature_distill_weight=lambda s: 2.0)
+
+    class Checked(S2SDLoss):
+        def forward(self, embeddings, labels):
+            validation.check_settings(self)
+            validation.check_batch(embeddings, labels, None, None, self.loss)
+            validation.check_rows(embeddings, embeddings, "features")
+            value = embeddings.sum() * validation.weight_at("w", self.feature_distill_weight, 3)
+            validation.check_loss_value(value, self.loss)
+            self.components = {"base": value.detach()}
+            return value * len(self.head_dims) * self.distance.p
+
+    loss_func.__class__ = Checked
+    found = torch.compile(loss_func, fullgraph=True, backend="eager")(X, Y)
+    torch.testing.assert_close(found, loss_func(X, Y))
+    torch.testing.assert_close(found, 4 * X.sum())
 
 
 # --- batches ----------------------------------------------------------------------------------
@@ -305,6 +480,46 @@ def test_bad_batches(case):
     assert int(loss_func.step) == 0
 
 
+FIXED_BATCHES = {
+    "labels_list": ((X, torch.as_tensor(Y.tolist())), {}),
+    "labels_2d": ((X, Y[:, None].reshape(8)), {}),
+    "labels_for_ssl": ((X,), {"ref_emb": X, "ref_features": PHI}),
+    "no_ref_features": ((X, Y), {"ref_emb": X.clone(), "ref_labels": Y, "ref_features": PHI}),
+    "features_width": ((X, Y), {"features": PHI[:, :7]}),  # with feature_dim=7
+}
+
+
+@pytest.mark.parametrize("case", FIXED_BATCHES)
+def test_batches_as_the_message_suggests(case):
+    args, kwargs = FIXED_BATCHES[case]
+    loss = losses.NTXentLoss()
+    loss = losses.SelfSupervisedLoss(loss) if case == "labels_for_ssl" else loss
+    features = kwargs.get("features", PHI)
+    loss_func = S2SDLoss(loss, feature_dim=features.shape[1], head_dims=(8,))
+    assert loss_func(*args, **{"features": PHI, **kwargs}).isfinite()
+
+
+def test_features_of_inference_mode_as_the_message_suggests():
+    with torch.inference_mode():
+        features = torch.randn(8, 12)
+    loss_func = S2SDLoss(losses.NTXentLoss(), feature_dim=12, head_dims=(8,))
+    with pytest.raises(MissingFeaturesError, match=r"pass features\.clone\(\)"):
+        loss_func(X, Y, features=features)
+    loss_func(X, Y, features=features.clone()).backward()
+
+
+def test_labels_are_not_read_from_their_device_unless_they_are_floats(monkeypatch):
+    def read(*_):
+        raise AssertionError("read from the device")
+
+    labels = Y.clone()
+    for name in ("__bool__", "item", "__int__", "tolist"):
+        monkeypatch.setattr(torch.Tensor, name, read)
+    validation.check_batch(X, labels, None, None, LOSS)
+    with pytest.raises(AssertionError, match="read from the device"):
+        validation.check_batch(X, labels.float(), None, None, LOSS)
+
+
 def test_pooled_features_for_msdfa_are_refused():
     loss_func = S2SDLoss.msdfa(losses.NTXentLoss(), feature_dim=12, head_dims=(8,))
     with pytest.raises(BatchError, match="pooled already"):
@@ -322,17 +537,147 @@ def test_ref_emb_where_the_loss_takes_none(wrapper):
         loss_func(X, Y, features=PHI, ref_emb=X, ref_labels=Y, ref_features=PHI)
 
 
+class Custom(nn.Module):
+    """A loss that does what it is given: the value, or a function of embeddings and labels."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, embeddings, labels, *indices_tuple):
+        return self.value(embeddings, labels) if callable(self.value) else self.value
+
+
+def custom(value, **kwargs):
+    return S2SDLoss(Custom(value), feature_dim=12, head_dims=(8,), **kwargs)
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
-    [({"loss": 1}, "returned a dict"), (torch.ones(8), r"shape \(8,\).*scalar")],
+    [
+        ({"loss": 1, "accuracy": 2}, r"returned a dict\. .*return the loss alone"),
+        (torch.ones(8), r"shape \(8,\).*return a scalar, such as its \.mean\(\)"),
+        ((torch.ones(()), 0.5), r"returned a tuple\. .*loss alone.*such as self\.accuracy"),
+        ([torch.ones(())], "returned a list.*loss alone"),
+        (None, "returned a NoneType.*return the loss alone, as a scalar tensor"),
+        ("0.5", "returned a str"),
+    ],
+    ids=["dict", "rows", "tuple", "list", "nothing", "text"],
 )
-def test_a_loss_that_returns_no_scalar(value, words):
-    class Odd(nn.Module):
-        def forward(self, embeddings, labels):
-            return value
-
-    loss_func = S2SDLoss(Odd(), feature_dim=12, head_dims=(8,))
+@pytest.mark.parametrize("training", [True, False])
+def test_a_loss_that_returns_no_scalar(value, words, training):
+    loss_func = custom(value).train(training)
     with pytest.raises(UnsupportedLossError, match=words):
+        loss_func(X, Y, features=PHI)
+
+
+def test_the_loss_alone_and_an_attribute_as_the_message_suggests():
+    class Accurate(losses.ContrastiveLoss):
+        def forward(self, *args, **kwargs):
+            self.accuracy = 0.5
+            return super().forward(*args, **kwargs)
+
+    loss_func = S2SDLoss(Accurate(), feature_dim=12, head_dims=(8,))
+    assert loss_func(X, Y, features=PHI).isfinite()
+    assert loss_func.accuracy == 0.5
+    assert custom(lambda z, y: (z**2).sum(1).mean())(X, Y, features=PHI).isfinite()
+
+
+def test_labels_of_a_custom_loss_are_passed_on():
+    def multi_hot(embeddings, labels):
+        assert labels.shape == (8, 5)
+        return nn.functional.binary_cross_entropy_with_logits(embeddings[:, :5], labels)
+
+    labels = torch.randint(2, (8, 5)).float()
+    loss_func = custom(multi_hot)
+    loss_func(X, labels, features=PHI).backward()
+    loss_func.eval()(X, labels)
+    with pytest.raises(BatchError, match=r"labels have shape \(7, 5\) but there are 8 embeddings"):
+        loss_func.train()(X, labels[:7], features=PHI)
+    both = S2SDLoss(losses.MultipleLosses([Custom(multi_hot)]), feature_dim=12, head_dims=(8,))
+    with pytest.raises(BatchError, match=r"shape \(\)"):
+        both(X, torch.tensor(3), features=PHI)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.ContrastiveLoss(),
+        type("Mine", (losses.ContrastiveLoss,), {})(),
+        losses.CrossBatchMemory(losses.ContrastiveLoss(), 6),
+        losses.MultipleLosses([Custom(0), losses.ContrastiveLoss()]),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_losses_of_pml_take_one_class_for_each_sample(loss):
+    loss_func = S2SDLoss(loss, feature_dim=12, head_dims=(8,))
+    with pytest.raises(
+        BatchError, match=rf"\(8, 5\).*{type(loss).__name__} takes one class.*\(8,\)"
+    ):
+        loss_func(X, torch.ones(8, 5), features=PHI)
+    assert loss_func(X, torch.ones(8, 5).argmax(1), features=PHI).isfinite()
+
+
+class Breaks:
+    """Raises an error of its own, as custom code does."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, *args, **kwargs):
+        raise self.error
+
+
+class BrokenDistance(distances.LpDistance):
+    def compute_mat(self, *args):
+        raise KeyError("mine")
+
+
+class BrokenLoss(losses.ContrastiveLoss):
+    def compute_loss(self, *args):
+        return self.margin
+
+
+class BrokenMiner(miners.BaseMiner):
+    def mine(self, *args):
+        raise ValueError("mine")
+
+    def output_assertion(self, output):
+        pass
+
+
+CUSTOM_ERRORS = {
+    "attribute": ((Custom(lambda z, y: z.margin),), AttributeError, "margin"),
+    "value": ((Custom(Breaks(ValueError("mine"))),), ValueError, "^mine"),
+    "type": ((Custom(Breaks(TypeError("mine"))),), TypeError, "^mine"),
+    "runtime": ((Custom(Breaks(RuntimeError("mine"))),), RuntimeError, "^mine"),
+    "torch": ((Custom(lambda z, y: z @ z),), RuntimeError, "cannot be multiplied"),
+    "subclass": ((BrokenLoss(),), AttributeError, "margin"),
+    "inside": ((losses.MultipleLosses([BrokenLoss()]),), AttributeError, "margin"),
+    "distance": ((losses.ContrastiveLoss(distance=BrokenDistance()),), KeyError, "mine"),
+    "miner": ((losses.ContrastiveLoss(), BrokenMiner()), ValueError, "^mine"),
+}
+
+
+@pytest.mark.parametrize("case", CUSTOM_ERRORS)
+def test_errors_of_custom_code_stay_as_they_are_with_a_note(case):
+    parts, kind, words = CUSTOM_ERRORS[case]
+    loss_func = S2SDLoss(*parts, feature_dim=12, head_dims=(8,))
+    with pytest.raises(kind, match=words) as caught:
+        loss_func(X, Y, features=PHI)
+    assert type(caught.value) is kind
+    if sys.version_info >= (3, 11):
+        (note,) = caught.value.__notes__
+        assert note.startswith(f"Raised in {type(parts[0]).__name__}")
+        assert "embeddings (8, 6), labels (8,) torch.int64" in note
+
+
+def test_what_pml_refuses_in_a_subclass_is_a_batch_error():
+    class Mine(losses.ArcFaceLoss):
+        pass
+
+    loss_func = S2SDLoss(Mine(2, 6), feature_dim=12, head_dims=(8,))
+    with pytest.raises(BatchError, match="Mine refused embeddings"):
         loss_func(X, Y, features=PHI)
 
 
@@ -362,7 +707,7 @@ def test_a_momentum_encoders_references_need_their_features():
     assert without_heads.components["feature_distill"] > 0
 
 
-def test_a_loss_of_ones_own_with_centres_for_one_size_is_told_the_mend():
+def test_a_custom_loss_with_centres_of_one_size_is_refused_with_the_fix():
     class Centres(nn.Module):
         def __init__(self, size=6):
             super().__init__()
@@ -375,7 +720,7 @@ def test_a_loss_of_ones_own_with_centres_for_one_size_is_told_the_mend():
         def forward(self, embeddings, labels):
             return torch.empty(10**15)
 
-    with pytest.raises(RuntimeError, match="memory"):  # that is no matter of the batch
+    with pytest.raises(RuntimeError, match="memory"):  # not an error of the batch
         S2SDLoss(Greedy(), feature_dim=12, head_dims=(8,))(X, Y, features=PHI)
     with pytest.raises(BatchError, match=r"buffers \(centres\).*factory dim -> loss"):
         S2SDLoss(Centres(), feature_dim=12, head_dims=(8,))(X, Y, features=PHI)
