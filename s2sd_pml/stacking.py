@@ -207,7 +207,7 @@ def _by_pairs(loss: Any, block: Tensor, labels: Tensor, indices_tuple: Any) -> d
         terms = compute_loss(_OnMatrix(loss), matrix, labels, indices_tuple, None, None)
         values = {name: term["losses"] for name, term in terms.items()}
         without_values.update(n for n, v in values.items() if not isinstance(v, Tensor))
-        return {n: v for n, v in values.items() if isinstance(v, Tensor)}
+        return {n: v.flatten() for n, v in values.items() if isinstance(v, Tensor)}
 
     terms = torch.func.vmap(one_space)(block)
     return {**terms, **{name: _of_spaces(0, block) for name in without_values}}
