@@ -52,7 +52,7 @@ KNOWN: dict[type, tuple[str, ...]] = {
     reducers.AvgNonZeroReducer: ("low", "high"),
 }
 MULTI_SIMILARITY = losses.MultiSimilarityLoss
-METHODS = ("forward", "compute_loss", "_compute_loss", "mine")
+METHODS = {kind: frozenset(n for n in dir(kind) if callable(getattr(kind, n))) for kind in KNOWN}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -104,25 +104,27 @@ def stacked_losses(
 
 def agrees_with_pml(loss: Any, miner: Any) -> bool:
     """Whether values and gradients are those of PML's own calls, on a small fixed batch."""
-    loss, miner = copy.deepcopy(loss), copy.deepcopy(miner)
-    labels = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3])
-    numbers = [torch.arange(8.0 * d, dtype=torch.float64).view(8, d) for d in (3, 5)]
-    spaces = [x.mul(x.shape[1]).sin().requires_grad_() for x in numbers]
 
     def with_gradients(values: Sequence[Tensor]) -> list[Tensor]:
         return [*values, *torch.autograd.grad(values[0] + 2 * values[1], spaces)]
 
-    try:
-        ours = with_gradients(stacked_losses([loss] * 2, [miner] * 2, spaces, labels).unbind())
-        mined = [None if miner is None else miner(x, labels) for x in spaces]
-        pml = [loss(x, labels, pairs) for x, pairs in zip(spaces, mined, strict=True)]
-        return all(_close(a, b) for a, b in zip(ours, with_gradients(pml), strict=True))
-    except Exception:
-        return False
+    # A loss may be built under no_grad, or on the meta device.
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        loss, miner = copy.deepcopy(loss), copy.deepcopy(miner)
+        labels = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3])
+        numbers = [torch.arange(8.0 * d, dtype=torch.float64).view(8, d) for d in (3, 5)]
+        spaces = [x.mul(x.shape[1]).sin().requires_grad_() for x in numbers]
+        try:
+            ours = with_gradients(stacked_losses([loss] * 2, [miner] * 2, spaces, labels).unbind())
+            mined = [None if miner is None else miner(x, labels) for x in spaces]
+            pml = [loss(x, labels, pairs) for x, pairs in zip(spaces, mined, strict=True)]
+            return all(_close(a, b) for a, b in zip(ours, with_gradients(pml), strict=True))
+        except Exception:
+            return False
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=1e-9, atol=1e-10)
+    return torch.allclose(a, b.reshape(a.shape), rtol=1e-9, atol=1e-10, equal_nan=True)
 
 
 def _signature(part: Any) -> Any:
@@ -141,13 +143,14 @@ def _is_watched(module: Any) -> bool:
     return bool(
         module.collect_stats
         or any(getattr(module, hooks) for hooks in HOOKS)
-        or any(name in module.__dict__ for name in METHODS)
+        or not METHODS[type(module)].isdisjoint(module.__dict__)
     )
 
 
 def _matrices(distance: Any, spaces: Sequence[Tensor], cosines: Tensor | None = None) -> Tensor:
     """The distances within the batch, in every space: (len(spaces), B, B)."""
-    if type(distance) is distances.CosineSimilarity and (distance.p, distance.power) == (2, 1):
+    settings = (getattr(distance, name) for name in ("normalize_embeddings", "p", "power"))
+    if type(distance) is distances.CosineSimilarity and tuple(settings) == (True, 2, 1):
         return cosine_block(spaces) if cosines is None else cosines
     return torch.stack([distance(x) for x in spaces])
 
