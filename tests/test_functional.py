@@ -1,5 +1,6 @@
 """relation_kl against its plain twin: values, gradients, chunks, precision, memory."""
 
+import itertools
 import sys
 import weakref
 from pathlib import Path
@@ -106,7 +107,7 @@ def test_parts_of_the_rows_make_up_the_whole(cuts, exclude_self, chunk_size):
     student, teachers = batch(9, 4, 6)
 
     def by_parts(student, teachers):
-        parts = zip(cuts, cuts[1:], strict=False)
+        parts = itertools.pairwise(cuts)
         options = (0.5, exclude_self, chunk_size)
         means = [(b - a) * rows_kl(student, teachers, (a, b), *options) for a, b in parts]
         return sum(means) / len(student)
