@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .errors import BatchError
-from .similarity import cosine_block, full_precision, unit_rows
+from .similarity import full_precision, similarities, unit_rows
 from .validation import check_positive, check_whole
 
 
@@ -103,8 +103,8 @@ def rows_kl(
         if not teachers:
             return student.new_zeros(0)
         if chunk_size is None or chunk_size >= stop - start:
-            block = cosine_block([student, *teachers])[:, start:stop]
-            return similarity_kl(block[0], block[1:], start, *options)
+            S = similarities([student], teachers)
+            return similarity_kl(S.student[start:stop], S.teachers[:, start:stop], start, *options)
         unit = unit_rows(student)
         scales = [1 / t.norm(dim=1).clamp_min(1e-12) for t in teachers]
 

@@ -18,7 +18,7 @@ from .functional import rows_kl, similarity_kl
 from .heads import POOLINGS, Pooling, ProjectionHead, Unowned, output_width, pool
 from .optimizer import OptimizerGuard, add_to, param_groups
 from .recipes import PAPER_HEAD_DIMS, Variants, plain
-from .similarity import cosine_block, full_precision
+from .similarity import Similarities, full_precision, similarities
 from .wrapper import LossWrapper, UnrecordedModuleDict
 
 Schedule = float | Callable[[int], float]
@@ -202,8 +202,8 @@ class S2SDLoss(Variants, LossWrapper):
 
         # 1/2 [ L(ψ) + mean_i L_i(g_i(φ)) ] + γ mean_i KL(g_i(φ) -> ψ) + γ_f KL(φ -> ψ)
         with torch.autocast(ψ.device.type, enabled=False):
-            S = self._similarities([ψ, *g, *φ])
-            L = self._metric_losses(batch, S)
+            S = self._similarities(ψ, g, φ)
+            L = self._metric_losses(S, batch)
             KL = gather.mean(self._relation_kl(S, ψ, [*g, *φ], gather.own_rows))
             loss = (L[0] + L[1:].mean()) / 2 + γ * KL[:m].mean() if g else L[0]
             loss = loss + γ_f * KL[m] if φ else loss
@@ -351,20 +351,24 @@ class S2SDLoss(Variants, LossWrapper):
         branches = zip(self.head_dims, self._branches.values(), strict=True)
         return [branch.project(features, dim) for dim, branch in branches]
 
-    def _similarities(self, spaces: list[Tensor]) -> Tensor | None:
-        """cos in every space, (spaces, B, B); None if nothing is distilled, or in chunks."""
-        if self.chunk_size is not None or len(spaces) == 1:
+    def _similarities(self, ψ: Tensor, g: list[Tensor], φ: list[Tensor]) -> Similarities | None:
+        """cos in every space; None if nothing is distilled, or in chunks."""
+        if self.chunk_size is not None or not (g or φ):
             return None
-        return cosine_block([x.to(spaces[0].dtype) for x in spaces])
+        return similarities([x.to(ψ.dtype) for x in (ψ, *g)], [x.to(ψ.dtype) for x in φ])
 
-    def _metric_losses(self, batch: Batch, S: Tensor | None) -> Tensor:
+    def _metric_losses(self, S: Similarities | None, batch: Batch) -> Tensor:
         """L in every space, (1 + m,)."""
         if self._stacks and self._losses.can_stack(batch):
-            return self._losses.stacked(batch, None if S is None else S[: len(batch.spaces)])
+            return self._losses.stacked(batch, None if S is None else S.spaces)
         return self._losses.one_by_one(batch)
 
     def _relation_kl(
-        self, S: Tensor | None, ψ: Tensor, teachers: list[Tensor], own_rows: tuple[int, int] | None
+        self,
+        S: Similarities | None,
+        ψ: Tensor,
+        teachers: list[Tensor],
+        own_rows: tuple[int, int] | None,
     ) -> Tensor:
         """KL(teacher -> ψ) of every teacher, over this rank's rows."""
         start, stop = own_rows or (0, len(ψ))
@@ -372,7 +376,8 @@ class S2SDLoss(Variants, LossWrapper):
         if S is None:
             kl = rows_kl(ψ, teachers, (start, stop), *softmax, self.chunk_size)
         else:
-            kl = similarity_kl(S[0, start:stop], S[1:, start:stop], start, *softmax)
+            rows = S.student[start:stop], S.teachers[:, start:stop]
+            kl = similarity_kl(*rows, start, *softmax)
         if is_compiling() and len(kl) > len(self.head_dims):
             begun = self.counter.has_reached(self.feature_distill_delay)
             kl = torch.cat([kl[:-1], kl[-1:] * begun])

@@ -16,7 +16,7 @@ from pytorch_metric_learning import distances, losses, miners, reducers
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor, nn
 
-from .similarity import cosine_block
+from .similarity import cosines
 
 # Losses over rows of the matrix, then losses over lists of pairs or triplets; and what they are
 # made of. Each with the settings that all spaces must share.
@@ -52,6 +52,7 @@ KNOWN: dict[type, tuple[str, ...]] = {
     reducers.AvgNonZeroReducer: ("low", "high"),
 }
 MULTI_SIMILARITY = losses.MultiSimilarityLoss
+CACHED = 2**18  # entries that a CPU works on at a time, so that they stay in its cache
 METHODS = ("forward", "compute_loss", "_compute_loss", "mine")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -74,7 +75,7 @@ def stacked_losses(
     spaces: Sequence[Tensor],
     labels: Tensor,
     indices_tuple: Any = None,
-    cosines: Tensor | None = None,
+    block: Tensor | None = None,
 ) -> Tensor:
     """One metric loss a space, (len(spaces),).
 
@@ -84,20 +85,20 @@ def stacked_losses(
         spaces: embeddings (B, d_i).
         labels: (B,).
         indices_tuple: pairs or triplets for all spaces, without a miner.
-        cosines: ``cosine_block(spaces)``, if it is known.
+        block: the cosine similarities in every space, (spaces, B, B), if they are known.
     """
     loss, miner = losses[0], miners[0]
-    block = _matrices(loss.distance, spaces, cosines)
+    block = _matrices(loss.distance, spaces, block)
     if type(loss) in PAIR_LOSSES:
         terms = _by_pairs(loss, block, labels, indices_tuple)
-    elif miner is None:
-        terms = _by_rows(loss, block, *_pairs(loss, block[0], labels, indices_tuple))
     else:
-        with torch.no_grad():
-            same = _signature(miner.distance) == _signature(loss.distance)
-            mined_on = block if same else _matrices(miner.distance, spaces)
-            masks = _mined(miner, mined_on, labels)
-        terms = _by_rows(loss, block, *masks)
+        pairs = _pairs(loss, block[0], labels, indices_tuple)
+        mined_on = None
+        if miner is not None:
+            with torch.no_grad():
+                same = _signature(miner.distance) == _signature(loss.distance)
+                mined_on = block.detach() if same else _matrices(miner.distance, spaces)
+        terms = _by_rows(loss, block, pairs, miner, mined_on)
     values = [_reduced(_reducer(loss, name), term) for name, term in terms.items()]
     return values[0] if len(values) == 1 else torch.stack(values).sum(dim=0)
 
@@ -145,11 +146,11 @@ def _is_watched(module: Any) -> bool:
     )
 
 
-def _matrices(distance: Any, spaces: Sequence[Tensor], cosines: Tensor | None = None) -> Tensor:
+def _matrices(distance: Any, spaces: Sequence[Tensor], known: Tensor | None = None) -> Tensor:
     """The distances within the batch, in every space: (len(spaces), B, B)."""
-    if type(distance) is distances.CosineSimilarity and (distance.p, distance.power) == (2, 1):
-        return cosine_block(spaces) if cosines is None else cosines
-    return torch.stack([distance(x) for x in spaces])
+    if type(distance) is not distances.CosineSimilarity or (distance.p, distance.power) != (2, 1):
+        return torch.stack([distance(x) for x in spaces])
+    return torch.stack([cosines(x) for x in spaces]) if known is None else known
 
 
 def _pairs(loss: Any, matrix: Tensor, labels: Tensor, indices_tuple: Any) -> tuple[Tensor, Tensor]:
@@ -166,30 +167,43 @@ def _pairs(loss: Any, matrix: Tensor, labels: Tensor, indices_tuple: Any) -> tup
     return positive, negative
 
 
-def _mined(miner: Any, block: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """MultiSimilarityMiner's pairs, as masks (spaces, B, B).
+def _mined(miner: Any, matrix: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """MultiSimilarityMiner's choice of pairs; matrix and masks are (rows, B).
 
     A positive pair counts if it is less similar than the row's most similar negative plus ε, a
     negative one if it is more similar than the row's least similar positive minus ε.
     """
-    positive, negative = _pairs(None, block[0], labels, None)
-    similar = block if miner.distance.is_inverted else -block
-    limit = torch.finfo(block.dtype)
-    lowest = similar.masked_fill(~positive, limit.max).amin(dim=-1, keepdim=True)
-    highest = similar.masked_fill(~negative, limit.min).amax(dim=-1, keepdim=True)
-    positive = positive & (similar - miner.epsilon < highest)
-    negative = negative & (similar + miner.epsilon > lowest)
-    pairs = torch.maximum(positive.sum(dim=(1, 2)), negative.sum(dim=(1, 2)))
-    enough = (pairs > 1)[:, None, None]  # PML takes a single pair for none
-    return positive & enough, negative & enough
+    similar = matrix if miner.distance.is_inverted else -matrix
+    limit = torch.finfo(matrix.dtype)
+    lowest = similar.masked_fill(~positive, limit.max).amin(dim=1, keepdim=True)
+    highest = similar.masked_fill(~negative, limit.min).amax(dim=1, keepdim=True)
+    hard_positive = positive & (similar - miner.epsilon < highest)
+    return hard_positive, negative & (similar + miner.epsilon > lowest)
 
 
-def _by_rows(loss: Any, block: Tensor, positive: Tensor, negative: Tensor) -> dict[str, Tensor]:
+def _by_rows(
+    loss: Any, block: Tensor, pairs: tuple[Tensor, Tensor], miner: Any, mined_on: Tensor | None
+) -> dict[str, Tensor]:
     """PML's losses of every row, by name of the term: (spaces, B)."""
-    dtype = block.dtype if type(loss) is losses.SupConLoss else torch.bool  # it adds masks up
-    masks = [mask.to(dtype).expand_as(block).flatten(0, 1) for mask in (positive, negative)]
-    terms = loss._compute_loss(block.flatten(0, 1), *masks)
-    return {name: _of_spaces(term["losses"], block) for name, term in terms.items()}
+    rows = block.flatten(0, 1)
+    height = len(rows)
+    if block.device.type == "cpu" and type(loss) is not losses.SupConLoss:  # it is none of each row
+        height = max(CACHED // block.shape[1], 1)
+    masks = zip(*(mask.expand_as(block).flatten(0, 1).split(height) for mask in pairs), strict=True)
+    terms, counts = [], []
+    mined_rows = rows if mined_on is None else mined_on.flatten(0, 1)
+    for part, mined, kept in zip(rows.split(height), mined_rows.split(height), masks, strict=True):
+        if miner is not None:
+            kept = _mined(miner, mined, *kept)
+            counts.append(torch.stack([mask.sum(dim=1) for mask in kept]))
+        if type(loss) is losses.SupConLoss:  # it adds masks up
+            kept = (kept[0].to(part.dtype), kept[1].to(part.dtype))
+        terms.append(loss._compute_loss(part, *kept))
+    found = {n: _of_spaces([t[n]["losses"] for t in terms], block) for n in terms[0]}
+    if counts:  # PML takes a single pair for none
+        enough = torch.cat(counts, dim=1).view(2, len(block), -1).sum(dim=2).amax(dim=0) > 1
+        found = {n: values * enough[:, None] for n, values in found.items()}
+    return found
 
 
 def _by_pairs(loss: Any, block: Tensor, labels: Tensor, indices_tuple: Any) -> dict[str, Tensor]:
@@ -210,12 +224,14 @@ def _by_pairs(loss: Any, block: Tensor, labels: Tensor, indices_tuple: Any) -> d
         return {n: v for n, v in values.items() if isinstance(v, Tensor)}
 
     terms = torch.func.vmap(one_space)(block)
-    return {**terms, **{name: _of_spaces(0, block) for name in without_values}}
+    return {**terms, **{name: _of_spaces([0], block) for name in without_values}}
 
 
-def _of_spaces(values: Any, block: Tensor) -> Tensor:
+def _of_spaces(values: list[Any], block: Tensor) -> Tensor:
     """(spaces, values); PML's number 0, for a batch without pairs, becomes no values."""
-    return values.view(len(block), -1) if isinstance(values, Tensor) else block.flatten(1)[:, :0]
+    if not isinstance(values[0], Tensor):
+        return block.flatten(1)[:, :0]
+    return torch.cat(values).view(len(block), -1)
 
 
 class _OnMatrix:
