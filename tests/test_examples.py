@@ -59,6 +59,7 @@ def final(rows, who):
     return {r["metric"]: float(r["value"]) for r in rows if r["run"] == who}
 
 
+@pytest.mark.slow
 def test_the_command_trains_both_prints_the_table_and_writes_everything(tmp_path):
     done = command("examples/train.py", *SMALL, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -74,6 +75,7 @@ def test_the_command_trains_both_prints_the_table_and_writes_everything(tmp_path
     assert config["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_two_ranks_give_what_one_process_gives_and_speak_once(tmp_path):
     uneven = "--batch-size 33 --per-class 3 --feature-distill-delay 1 --lr 3e-4".split()
     uneven += ["--device", "cpu"]
@@ -95,6 +97,7 @@ def test_two_ranks_give_what_one_process_gives_and_speak_once(tmp_path):
         assert float(a["value"]) == pytest.approx(float(b["value"]), **tolerance), a
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_ends_all_and_is_told(tmp_path):
     script = tmp_path / "fail.py"
     script.write_text(
@@ -115,6 +118,7 @@ def test_an_error_of_one_rank_ends_all_and_is_told(tmp_path):
     assert not (tmp_path / "out" / "metrics.csv").exists()
 
 
+@pytest.mark.slow
 def test_too_small_a_batch_for_the_ranks_is_refused_once(tmp_path):
     flags = ["--batch-size", "1", "--per-class", "1", "--device", "cpu", "--output", tmp_path]
     done = command(*TORCHRUN, "examples/train.py", *flags)
