@@ -110,11 +110,13 @@ def rows_kl(
 
         def chunk_kl(first: int, unit: Tensor) -> Tensor:
             own = slice(first, min(first + chunk_size, stop))
-            cosines = [
-                (t[own] @ t.T).mul_(scale[own, None]).mul_(scale)
-                for t, scale in zip(teachers, scales, strict=True)
-            ]
-            part = similarity_kl(unit[own] @ unit.T, torch.stack(cosines), first, *options)
+            cosines = torch.stack(
+                [
+                    (t[own] @ t.T).mul_(scale[own, None]).mul_(scale)
+                    for t, scale in zip(teachers, scales, strict=True)
+                ]
+            )
+            part = similarity_kl(unit[own] @ unit.T, cosines, first, *options)
             return part * (own.stop - own.start)
 
         total = student.new_zeros(len(teachers))
@@ -146,7 +148,8 @@ def similarity_kl(
         return similarities.log_softmax(dim=-1)
 
     log_teachers = log_softmax(teachers.detach())
-    terms = log_teachers.exp() * (log_teachers - log_softmax(student))
+    weights = log_teachers.exp()
+    terms = log_teachers.sub_(log_softmax(student)).mul_(weights)  # in place: this is the peak
     return temperature**2 / len(student) * terms.sum(dim=(1, 2))
 
 

@@ -53,7 +53,7 @@ KNOWN: dict[type, tuple[str, ...]] = {
 }
 MULTI_SIMILARITY = losses.MultiSimilarityLoss
 CACHED = 2**18  # entries that a CPU works on at a time, so that they stay in its cache
-METHODS = ("forward", "compute_loss", "_compute_loss", "mine")
+METHODS = {kind: frozenset(n for n in dir(kind) if callable(getattr(kind, n))) for kind in KNOWN}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -105,25 +105,27 @@ def stacked_losses(
 
 def agrees_with_pml(loss: Any, miner: Any) -> bool:
     """Whether values and gradients are those of PML's own calls, on a small fixed batch."""
-    loss, miner = copy.deepcopy(loss), copy.deepcopy(miner)
-    labels = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3])
-    numbers = [torch.arange(8.0 * d, dtype=torch.float64).view(8, d) for d in (3, 5)]
-    spaces = [x.mul(x.shape[1]).sin().requires_grad_() for x in numbers]
 
     def with_gradients(values: Sequence[Tensor]) -> list[Tensor]:
         return [*values, *torch.autograd.grad(values[0] + 2 * values[1], spaces)]
 
-    try:
-        ours = with_gradients(stacked_losses([loss] * 2, [miner] * 2, spaces, labels).unbind())
-        mined = [None if miner is None else miner(x, labels) for x in spaces]
-        pml = [loss(x, labels, pairs) for x, pairs in zip(spaces, mined, strict=True)]
-        return all(_close(a, b) for a, b in zip(ours, with_gradients(pml), strict=True))
-    except Exception:
-        return False
+    # A loss may be built under no_grad, or on the meta device.
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        loss, miner = copy.deepcopy(loss), copy.deepcopy(miner)
+        labels = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3])
+        numbers = [torch.arange(8.0 * d, dtype=torch.float64).view(8, d) for d in (3, 5)]
+        spaces = [x.mul(x.shape[1]).sin().requires_grad_() for x in numbers]
+        try:
+            ours = with_gradients(stacked_losses([loss] * 2, [miner] * 2, spaces, labels).unbind())
+            mined = [None if miner is None else miner(x, labels) for x in spaces]
+            pml = [loss(x, labels, pairs) for x, pairs in zip(spaces, mined, strict=True)]
+            return all(_close(a, b) for a, b in zip(ours, with_gradients(pml), strict=True))
+        except Exception:
+            return False
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=1e-9, atol=1e-10)
+    return torch.allclose(a, b.reshape(a.shape), rtol=1e-9, atol=1e-10, equal_nan=True)
 
 
 def _signature(part: Any) -> Any:
@@ -142,13 +144,14 @@ def _is_watched(module: Any) -> bool:
     return bool(
         module.collect_stats
         or any(getattr(module, hooks) for hooks in HOOKS)
-        or any(name in module.__dict__ for name in METHODS)
+        or not METHODS[type(module)].isdisjoint(module.__dict__)
     )
 
 
 def _matrices(distance: Any, spaces: Sequence[Tensor], known: Tensor | None = None) -> Tensor:
     """The distances within the batch, in every space: (len(spaces), B, B)."""
-    if type(distance) is not distances.CosineSimilarity or (distance.p, distance.power) != (2, 1):
+    settings = (getattr(distance, name) for name in ("normalize_embeddings", "p", "power"))
+    if type(distance) is not distances.CosineSimilarity or tuple(settings) != (True, 2, 1):
         return torch.stack([distance(x) for x in spaces])
     return torch.stack([cosines(x) for x in spaces]) if known is None else known
 
@@ -185,24 +188,24 @@ def _by_rows(
     loss: Any, block: Tensor, pairs: tuple[Tensor, Tensor], miner: Any, mined_on: Tensor | None
 ) -> dict[str, Tensor]:
     """PML's losses of every row, by name of the term: (spaces, B)."""
-    rows = block.flatten(0, 1)
-    height = len(rows)
-    if block.device.type == "cpu" and type(loss) is not losses.SupConLoss:  # it is none of each row
+    height = block.shape[0] * block.shape[1]
+    sums_masks = type(loss) is losses.SupConLoss  # and takes no row for itself
+    if block.device.type == "cpu" and not sums_masks:
         height = max(CACHED // block.shape[1], 1)
-    masks = zip(*(mask.expand_as(block).flatten(0, 1).split(height) for mask in pairs), strict=True)
+    every = (block, block if mined_on is None else mined_on, *pairs)
+    parts = (torch.split(x.expand_as(block).flatten(0, 1), height) for x in every)
     terms, counts = [], []
-    mined_rows = rows if mined_on is None else mined_on.flatten(0, 1)
-    for part, mined, kept in zip(rows.split(height), mined_rows.split(height), masks, strict=True):
+    for rows, mined_rows, positive, negative in zip(*parts, strict=True):
         if miner is not None:
-            kept = _mined(miner, mined, *kept)
-            counts.append(torch.stack([mask.sum(dim=1) for mask in kept]))
-        if type(loss) is losses.SupConLoss:  # it adds masks up
-            kept = (kept[0].to(part.dtype), kept[1].to(part.dtype))
-        terms.append(loss._compute_loss(part, *kept))
+            positive, negative = _mined(miner, mined_rows, positive, negative)
+            counts.append(torch.stack([positive.sum(dim=1), negative.sum(dim=1)]))
+        if sums_masks:
+            positive, negative = positive.to(rows.dtype), negative.to(rows.dtype)
+        terms.append(loss._compute_loss(rows, positive, negative))
     found = {n: _of_spaces([t[n]["losses"] for t in terms], block) for n in terms[0]}
     if counts:  # PML takes a single pair for none
         enough = torch.cat(counts, dim=1).view(2, len(block), -1).sum(dim=2).amax(dim=0) > 1
-        found = {n: values * enough[:, None] for n, values in found.items()}
+        found = {n: v.where(enough[:, None], v.new_zeros(())) for n, v in found.items()}
     return found
 
 
@@ -221,7 +224,7 @@ def _by_pairs(loss: Any, block: Tensor, labels: Tensor, indices_tuple: Any) -> d
         terms = compute_loss(_OnMatrix(loss), matrix, labels, indices_tuple, None, None)
         values = {name: term["losses"] for name, term in terms.items()}
         without_values.update(n for n, v in values.items() if not isinstance(v, Tensor))
-        return {n: v for n, v in values.items() if isinstance(v, Tensor)}
+        return {n: v.flatten() for n, v in values.items() if isinstance(v, Tensor)}
 
     terms = torch.func.vmap(one_space)(block)
     return {**terms, **{name: _of_spaces([0], block) for name in without_values}}
