@@ -40,7 +40,6 @@ STEPS = 6
 # and renaming, or after it.
 KILL = """
 import os, signal, sys
-sys.path.insert(0, "examples")
 import checkpoint, torch, train
 moment, writes = sys.argv.pop(1), int(sys.argv.pop(1))
 count = 0
@@ -121,9 +120,8 @@ def metrics(folder):
 )
 def test_the_trainer_killed_and_resumed(uninterrupted, tmp_path, moment, write):
     command = [sys.executable, "-c", KILL, moment, str(write), *FLAGS, "--output", str(tmp_path)]
-    killed = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
-    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
+    killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "metrics.csv").exists()
     main(tmp_path, "--resume")

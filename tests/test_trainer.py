@@ -271,7 +271,6 @@ def test_the_epoch_is_chosen_on_held_out_classes(tmp_path, monkeypatch):
 
 INTERRUPT = """
 import os, signal, sys
-sys.path.insert(0, "examples")
 import ranks, report, train
 number, rank, calls = int(sys.argv.pop(1)), int(sys.argv.pop(1)), int(sys.argv.pop(1))
 original, count = report.components, 0
