@@ -29,12 +29,18 @@ def test_every_script_is_tried():
     assert scripts == set(SMALL)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "loss_step" else pytest.param(n, marks=pytest.mark.slow) for n in SMALL],
+)
 def test_scripts_print_and_save_a_table(name, tmp_path):
     saved = tmp_path / "result"
     flags = f"--repeats 2 --threads 1 --save {saved} {SMALL[name]}".split()
     done = subprocess.run(
-        [sys.executable, SCRIPTS / f"{name}.py", *flags], capture_output=True, text=True
+        [sys.executable, SCRIPTS / f"{name}.py", *flags],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(saved.with_suffix(".json").read_text())

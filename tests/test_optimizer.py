@@ -9,8 +9,8 @@ import weakref
 import pytest
 import torch
 from helpers import Model, images, labels
+from processes import on_ranks
 from pytorch_metric_learning import losses
-from test_distributed import on_ranks
 from torch import nn
 
 from s2sd_pml import S2SDLoss, optimizer
