@@ -25,9 +25,10 @@ BACKBONE_TESTS = [
 ]
 
 # Module: the tests that must notice any change of it.
-STEP = "tests/test_loss.py tests/test_branches.py tests/test_recipes.py"
+STEP = "tests/test_loss.py tests/test_branches.py tests/test_recipes.py tests/test_wrapper.py"
 MUTATED = {
-    "loss": f"{STEP} tests/test_loss_step.py tests/test_validation.py tests/test_counter.py",
+    "loss": f"{STEP} tests/test_loss_step.py tests/test_validation.py tests/test_refusals.py "
+    "tests/test_counter.py",
     "branches": "tests/test_branches.py tests/test_stacking.py",
     "stacking": "tests/test_stacking.py",
     "similarity": "tests/test_similarity.py",
