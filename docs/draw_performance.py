@@ -55,10 +55,9 @@ SHOWN = {  # of each result: the heading of a column, and what it shows
         "`chunk_size=256`": "{chunks MiB} MiB ({chunks / plain memory})",
     },
 }
-NO_GPU = (
-    "There are no numbers yet: the core was rewritten since the last measurements on a GPU, and no\n"
-    "GPU was available afterwards.\n"
-)
+NO_GPU = """There are no numbers yet: the core was rewritten since the last measurements on a GPU,
+and none was available afterwards.
+"""
 
 
 def result(name: str) -> dict[str, Any] | None:
@@ -132,6 +131,10 @@ def memory(ax: Axes, rows: list[dict[str, Any]]) -> None:
 
 def draw(path: Path) -> None:
     """A panel for each result that is there."""
+    grey = dict.fromkeys(  # legible on the light and on the dark page
+        "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color".split(), "#757575"
+    )
+    plt.rcParams.update(grey)
     panels = [(panel, found) for panel in (step, memory) if (found := result(RESULTS[panel]))]
     figure, axes = plt.subplots(
         1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False
