@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from harness import backward, finish, in_turn, milliseconds, parser, peak_memory, ratio, start
 from plain import PAPER_HEAD_DIMS
-from s2sd_pml.kernel import products
 
 from s2sd_pml.functional import relation_kl, relation_kl_reference
 
