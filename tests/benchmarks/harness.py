@@ -111,19 +111,28 @@ def backward(value: Tensor, *leaves: Tensor) -> None:
 
 def finish(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Print the rows as a Markdown table; save them as JSON and Markdown if asked."""
-    names = list(rows[0])
-    cells = [[cell(row[name]) for name in names] for row in rows]
-    lines = [names, ["---"] * len(names), *cells]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    print(f"\n{table}")
+    print(f"\n{table(rows)}")
     if args.save:
         flags = [flag for flag in sys.argv[1:] if flag not in ("--save", str(args.save))]
         command = " ".join([f"python tests/benchmarks/{Path(sys.argv[0]).name}", *flags])
-        on = ", ".join(f"{key} {value}" for key, value in machine(args).items())
         args.save.parent.mkdir(parents=True, exist_ok=True)
         saved = {"command": command, "machine": machine(args), "rows": rows}
         args.save.with_suffix(".json").write_text(json.dumps(saved, indent=1) + "\n")
-        args.save.with_suffix(".md").write_text(f"`{command}`\n\n{table}\n\nOn {on}.\n")
+        args.save.with_suffix(".md").write_text(page(saved))
+
+
+def page(saved: dict[str, Any]) -> str:
+    """What is saved, for people: the command, the table, the machine."""
+    on = ", ".join(f"{key} {value}" for key, value in saved["machine"].items())
+    return f"`{saved['command']}`\n\n{table(saved['rows'])}\n\nOn {on}.\n"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    names = list(rows[0])
+    cells = [[cell(row[name]) for name in names] for row in rows]
+    lines = [names, ["---"] * len(names), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(value: object) -> str:
