@@ -124,7 +124,7 @@ def wire(ax: Axes, corners: list[Point], colour: str, head: bool = True) -> None
 
 
 def label(ax: Axes, x: float, y: float, text: str, size: float, colour: str = INK, **kw) -> None:
-    """Text, centred on its point unless told otherwise."""
+    """Text, by default centred on its point."""
     ax.text(x, y, text, **{"ha": "center", "va": "center", **kw}, fontsize=size, color=colour)
 
 

@@ -1,100 +1,153 @@
-"""Draw the pictures of the page "Performance" from the results saved in docs/performance/."""
+"""Write the tables of the page "Performance" and draw its figure, from docs/performance/*.json.
+
+python docs/draw_performance.py
+"""
 
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 HERE = Path(__file__).parent
-OURS, PLAIN, HEADS, LOSSES = "#00796b", "#9e9e9e", "#4db6ac", "#b2dfdb"
+sys.path.insert(0, str(HERE.parent / "tests" / "benchmarks"))
+
+from harness import cell  # noqa: E402
+
+PAGE = HERE / "performance.md"
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BASE, OURS, CHUNKS, PLAIN = "#7f7f7f", "#1f77b4", "#17becf", "#ff7f0e"
+SHOWN = {  # of each result: the heading of a column, and what it shows
+    "loss-step": {
+        "batch": "{batch}",
+        "base loss": "{base loss ms} ms",
+        "S2SDLoss": "{S2SDLoss ms} ms",
+        "plain equations": "{plain ms} ms",
+        "S2SDLoss / base": "{S2SDLoss / base} ({its quartiles})",
+        "S2SDLoss / plain": "{S2SDLoss / plain} ({quartiles of that})",
+        "memory: base, S2SDLoss, plain": "{base loss MiB}, {S2SDLoss MiB}, {plain MiB} MiB",
+    },
+    "full-step": {
+        "pixels": "{pixels}",
+        "base loss": "{base loss ms} ms",
+        "S2SDLoss": "{S2SDLoss ms} ms",
+        "S2SDLoss / base": "{S2SDLoss / base} ({quartiles})",
+    },
+    "launches": {
+        "loss": "{loss}",
+        "base loss": "{base loss}",
+        "S2SDLoss": "{S2SDLoss}",
+        "ratio": "{ratio}",
+        "reads: base, S2SDLoss": "{reads of the base loss}, {reads of S2SDLoss}",
+    },
+    "memory": {
+        "batch": "{batch}",
+        "plain equations": "{plain MiB} MiB",
+        "all rows": "{whole MiB} MiB ({whole / plain memory})",
+        "`chunk_size=256`": "{chunks MiB} MiB ({chunks / plain memory})",
+    },
+}
+NO_GPU = """There are no numbers yet: the core was rewritten since the last measurements on a GPU,
+and none was available afterwards.
+"""
 
 
-def rows(name: str) -> list[dict[str, Any]]:
-    """The rows of a result."""
-    return json.loads((HERE / "performance" / f"{name}.json").read_text())["rows"]
+def result(name: str) -> dict[str, Any] | None:
+    """A saved result, or None where it was not measured."""
+    path = HERE / "performance" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def duration(ms: float) -> str:
-    """A time as people read it."""
-    return f"{ms:.0f} ms" if ms < 1000 else f"{ms / 1000:.1f} s"
+def table(name: str) -> str:
+    """A result in Markdown, with its command and its machine; "cuda": all of a GPU."""
+    if name == "cuda":
+        parts = [table(f"{kind}-cuda") for kind in SHOWN if result(f"{kind}-cuda")]
+        return "\n".join(parts) or NO_GPU
+    found = result(name)
+    if found is None:
+        return "Not measured with this version.\n"
+    kind = name.removesuffix("-cuda")
+    shown = SHOWN[kind]
+    if any(row.get("mode", "eager") != "eager" for row in found["rows"]):
+        shown = {"mode": "{mode}", **shown}
+    lines = [list(shown), ["---"] * len(shown)]
+    lines += [[filled(text, row) for text in shown.values()] for row in found["rows"]]
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    machine = [found["machine"]["device"]]
+    machine += [f"{name} {found['machine'][name]}" for name in ("torch", "pytorch-metric-learning")]
+    return f"{rows}\n\n`{found['command']}`\n({', '.join(machine)})\n"
 
 
-def step(ax: Axes) -> None:
-    """Step time relative to the plain equations, with its parts."""
-    found = rows("loss-step")
-    for i, row in enumerate(found):
-        whole, plain = row["S2SDLoss ms"], row["plain ms"]
-        ax.bar(i - 0.2, 1, 0.36, color=PLAIN, label="plain equations" if i == 0 else None)
-        ax.bar(i + 0.2, whole / plain, 0.36, color=OURS, label="S2SDLoss" if i == 0 else None)
-        ax.text(i - 0.2, 1.02, duration(plain), ha="center", fontsize=8)
-        ax.text(i + 0.2, whole / plain + 0.02, duration(whole), ha="center", fontsize=8)
-    ax.set_xticks(range(len(found)), [f"batch {row['batch']}" for row in found])
-    ax.set_ylabel("time / that of the plain equations")
-    ax.set_ylim(0, 1.35)
-    ax.set_title("The loss step, forward and backward")
-    ax.legend(loc="upper center", ncols=2)
+def filled(text: str, row: dict[str, Any]) -> str:
+    """A text with the row's values in the place of their names in braces."""
+    return re.sub(r"\{(.*?)\}", lambda match: cell(row[match[1]]), text)
 
 
-def memory(ax: Axes) -> None:
+def rewritten(page: str) -> str:
+    """The page with its tables written anew."""
+    return BLOCK.sub(lambda m: f"{m[1]}\n{table(m[2])}\n{m[3]}", page)
+
+
+def step(ax: Axes, rows: list[dict[str, Any]]) -> None:
+    """Time of a loss step over that of the base loss."""
+    for i, row in enumerate(rows):
+        base = row["base loss ms"]
+        for j, (name, color) in enumerate(
+            (("base loss", BASE), ("S2SDLoss", OURS), ("plain", PLAIN))
+        ):
+            height, x = row[f"{name} ms"] / base, i + 0.28 * (j - 1)
+            label = {"plain": "plain equations"}.get(name, name) if i == 0 else None
+            ax.bar(x, height, 0.26, color=color, label=label)
+            ax.text(x, height, cell(row[f"{name} ms"]), ha="center", va="bottom", fontsize=8)
+    ax.set_xticks(range(len(rows)), [f"batch {row['batch']}" for row in rows])
+    ax.set_ylabel("time / that of the base loss (labels: ms)")
+    ax.set_title("Loss step: MultiSimilarity with miner, paper's heads")
+    ax.legend(frameon=False)
+
+
+def memory(ax: Axes, rows: list[dict[str, Any]]) -> None:
     """Peak memory of distillation against batch size."""
-    found = rows("memory")
-    batches = [row["batch"] for row in found]
+    batches = [row["batch"] for row in rows]
     for name, label, color in (
+        ("whole", "relation_kl", OURS),
         ("plain", "plain equations", PLAIN),
-        ("whole", "relation_kl", HEADS),
-        ("chunks", "relation_kl, chunk_size=256", OURS),
+        ("chunks", "relation_kl, chunk_size=256", CHUNKS),
     ):
-        ax.plot(batches, [row[f"{name} MiB"] for row in found], "o-", color=color, label=label)
-    ax.set(xscale="log", yscale="log", xlabel="batch size", ylabel="MiB", xticks=batches)
+        ax.plot(batches, [row[f"{name} MiB"] for row in rows], "o-", color=color, label=label)
+    ax.set(xscale="log", yscale="log", xlabel="batch size", ylabel="peak memory, MiB")
     ax.set_xticks(batches, map(str, batches))
     ax.minorticks_off()
-    ax.set_title("Memory that distillation adds, 5 teachers")
-    ax.legend()
+    ax.set_title("Memory of distillation, 5 teachers")
+    ax.legend(frameon=False)
 
 
-def share(ax: Axes) -> None:
-    """Where the time of a step goes."""
-    found = rows("loss-step")
-    for i, row in enumerate(found):
-        whole = row["S2SDLoss ms"]
-        heads, losses = row["heads ms"] / whole, row["branch losses ms"] / whole
-        ax.barh(i, heads, color=HEADS, label="heads alone" if i == 0 else None)
-        ax.barh(i, losses, left=heads, color=LOSSES, label="PML's losses alone" if i == 0 else None)
-    ax.axvline(1, color=OURS, label="S2SDLoss")
-    ax.set_yticks(range(len(found)), [f"batch {row['batch']}" for row in found])
-    ax.invert_yaxis()
-    ax.set_xlabel("time / that of S2SDLoss")
-    ax.set_title("Its parts, each measured alone")
-    ax.set_xlim(0, 1.75)
-    ax.legend(loc="upper right")
-
-
-def scaling(ax: Axes) -> None:
-    """Work of a rank against the number of ranks."""
-    found = rows("scaling")
-    ranks = [row["ranks"] for row in found]
-    work = [row["processor time per rank, ms"] for row in found]
-    ax.plot(ranks, work, "o-", color=OURS, label="measured")
-    ax.plot(ranks, [work[0] / n for n in ranks], "--", color=PLAIN, label="one rank's / ranks")
-    ax.set(xscale="log", yscale="log", xlabel="ranks", ylabel="processor time per rank, ms")
-    ax.set_xticks(ranks, map(str, ranks))
-    ax.set_yticks(work, [f"{w:.0f}" for w in work])
-    ax.minorticks_off()
-    ax.set_title("Distillation over ranks, global batch 2048")
-    ax.legend()
-
-
-def main() -> None:
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    for draw, ax in zip((step, share, memory, scaling), axes.flat, strict=True):
-        draw(ax)
+def draw(path: Path) -> None:
+    """A panel for each result that is there."""
+    grey = dict.fromkeys(  # legible on the light and on the dark page
+        "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color".split(), "#757575"
+    )
+    plt.rcParams.update(grey)
+    panels = [(panel, found) for panel in (step, memory) if (found := result(RESULTS[panel]))]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False
+    )
+    for (panel, found), ax in zip(panels, axes.flat, strict=True):
+        panel(ax, found["rows"])
         ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(HERE / "images" / "performance.png", dpi=110)
+    figure.savefig(path, dpi=130, transparent=True)
+
+
+RESULTS = {step: "loss-step", memory: "memory"}
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    draw(HERE / "images" / "performance.png")

@@ -1,14 +1,12 @@
 """Write the tables of README and docs anew from the result files: python docs/tables.py
 
-`docs/results/NAME.md` is the table of `NAME.csv`, `docs/performance/NAME.md` that of `NAME.json`.
-In the pages the text between `<!-- table: NAME -->` and `<!-- end -->` is what the function of that
-name returns here.
+`docs/results/NAME.md` is the table of `NAME.csv`. In the pages the text between
+`<!-- table: NAME -->` and `<!-- end -->` is what the function of that name returns here.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -16,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
-sys.path[:0] = [str(DOCS.parent / "examples"), str(DOCS.parent / "tests" / "benchmarks")]
+sys.path.insert(0, str(DOCS.parent / "examples"))
 
 import compare  # noqa: E402
-import harness  # noqa: E402
 
-PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+PERFORMANCE = DOCS / "performance.md"  # draw_performance.py writes its tables
+PAGES = [DOCS.parent / "README.md", *sorted({*DOCS.glob("*.md")} - {PERFORMANCE})]
 BLOCK = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -125,8 +123,6 @@ def generated() -> dict[Path, str]:
     files = {
         path: compare.table(rows(path.stem)) + "\n" for path in (DOCS / "results").glob("*.md")
     }
-    for path in (DOCS / "performance").glob("*.md"):
-        files[path] = harness.page(json.loads(path.with_suffix(".json").read_text()))
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         if BLOCK.search(text):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2sd_pml import S2SDLoss
-from s2sd_pml.functional import full_precision, relation_kl
+from s2sd_pml.functional import relation_kl
+from s2sd_pml.similarity import full_precision
 
 PAPERS = "trunk"
 WAYS = (PAPERS, "embedder", "teachers", "detached")
@@ -50,29 +51,25 @@ class OtherReach(S2SDLoss):
         if self.reach == "detached":
             return super().forward(student, labels, indices_tuple, features=φ)
 
-        γ, γ_f = (w(int(self.step)) if callable(w) else w for w in self.weights)
+        γ, γ_f = (w(self.step) if callable(w) else w for w in self.weights)
         weights = [γ / len(self.head_dims)] * len(self.head_dims)
         teachers = list(self.project(φ).values())
-        if γ_f and int(self.step) >= self.feature_distill_delay:
+        if γ_f and self.step >= self.feature_distill_delay:
             teachers, weights = [*teachers, φ], [*weights, γ_f]
         loss = super().forward(embeddings, labels, indices_tuple)  # the DML terms
         settings = {"temperature": self.temperature, "exclude_self": self.exclude_self}
         if self.reach == "teachers":
-            distillation, kl = live_kl(embeddings, teachers, weights, **settings)
+            kl = live_kl(embeddings, teachers, **settings)
         else:
-            distillation, kl = relation_kl(student, teachers, weights=weights, **settings)
+            kl = relation_kl(student, teachers, **settings)
         if len(teachers) > len(self.head_dims):
-            self.components["feature_distill"] = kl[-1]
-        return loss + distillation
+            self.components["feature_distill"] = kl[-1].detach()
+        return loss + (kl * kl.new_tensor(weights)).sum()
 
 
 def live_kl(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    weights: Sequence[float],
-    temperature: float,
-    exclude_self: bool,
-) -> tuple[Tensor, Tensor]:
+    student: Tensor, teachers: Sequence[Tensor], temperature: float, exclude_self: bool
+) -> Tensor:
     """``relation_kl``, with a gradient for the teachers as well."""
     kept = ~torch.eye(len(student), dtype=torch.bool, device=student.device) | (not exclude_self)
 
@@ -86,5 +83,4 @@ def live_kl(
             temperature**2 * F.kl_div(own, log_relations(t), log_target=True, reduction="batchmean")
             for t in teachers
         ]
-        kl = torch.stack(divergences)
-        return (kl * kl.new_tensor(list(weights))).sum(), kl.detach()
+        return torch.stack(divergences)

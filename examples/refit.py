@@ -1,8 +1,7 @@
-"""A linear embedder fitted anew to the features of a trunk that no longer moves.
+"""A refitted embedder: a linear layer trained on the features of a frozen trunk.
 
-An embedder that is trained along with its trunk follows features that change. Anew, on features
-that are computed once, some hundred steps cost next to nothing, and one trunk gives any embedding
-size.
+The embedder that is trained jointly with its trunk follows features that change. On features that
+are computed once, some hundred steps cost little, and one trunk gives any embedding size.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class Frozen(NamedTuple):
     """A part of the data in spaces that no longer move."""
 
     features: Tensor
-    teacher: Tensor | None  # there is none beside the base loss alone
+    teacher: Tensor | None  # None: the base loss was trained alone
     labels: Tensor
     principal: tuple[Tensor, Tensor]  # mean and directions of the features
 
@@ -55,7 +54,7 @@ def fit(
 
     Args:
         base: whether the base loss is in force.
-        distill_weight: γ, that of the KL to the heads beside it.
+        distill_weight: γ, the weight of the KL to the heads.
     """
     features, teacher, labels, (mean, directions) = frozen
     torch.manual_seed(args.seed)
@@ -80,8 +79,8 @@ def fit(
             loss = loss + loss_func(embeddings, y, miner(embeddings, y) if miner else None)
         if distill_weight:
             settings = {"temperature": args.temperature, "exclude_self": args.exclude_self}
-            kl, _ = relation_kl(embeddings, [teacher[rows]], weights=[distill_weight], **settings)
-            loss = loss + kl
+            kl = relation_kl(embeddings, [teacher[rows]], **settings)[0]
+            loss = loss + distill_weight * kl
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

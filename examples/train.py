@@ -76,10 +76,10 @@ def s2sd_loss(args: argparse.Namespace, model: Network, num_classes: int) -> Los
     kind: type[S2SDLoss] = S2SDLoss
     if args.reach != PAPERS:
         kind, features["reach"] = OtherReach, args.reach
-    make = getattr(kind, args.variant)
-    loss_func = make(
+    loss_func = kind(  # the variant without its checks: controls have weights of 0, or no heads
         *pml_loss(args, num_classes),
         **features,
+        pooling="avg+max" if args.variant == "msdfa" else "avg",
         head_dims=() if args.teacher else args.dims,
         head=nn.Linear if args.linear_heads else ProjectionHead,
         distill_weight=ramp(args, args.distill_weight),

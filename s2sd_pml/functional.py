@@ -110,14 +110,12 @@ def rows_kl(
 
         def chunk_kl(first: int, unit: Tensor) -> Tensor:
             own = slice(first, min(first + chunk_size, stop))
-            cosines = torch.stack(
-                [
-                    (t[own] @ t.T).mul_(scale[own, None]).mul_(scale)
-                    for t, scale in zip(teachers, scales, strict=True)
-                ]
-            )
-            part = similarity_kl(unit[own] @ unit.T, cosines, first, *options)
-            return part * (own.stop - own.start)
+            log_student = log_relations(unit[own] @ unit.T, first, *options)
+            parts = []
+            for t, scale in zip(teachers, scales, strict=True):  # one matrix at a time
+                cosines = (t[own] @ t.T).mul_(scale[own, None]).mul_(scale)
+                parts.append(divergence(log_student, log_relations(cosines, first, *options)))
+            return temperature**2 * torch.stack(parts)
 
         total = student.new_zeros(len(teachers))
         for first in range(start, stop, chunk_size):
@@ -138,19 +136,29 @@ def similarity_kl(
             first + i.
     """
 
-    def log_softmax(similarities: Tensor) -> Tensor:
-        if temperature != 1:
-            similarities = similarities / temperature
-        if exclude_self:  # probability 0 and log-ratio 0, without inf - inf
-            rows = torch.arange(len(student), device=student.device)
-            own = torch.arange(student.shape[1], device=student.device) == rows[:, None] + first
-            similarities = similarities.masked_fill(own, torch.finfo(similarities.dtype).min)
-        return similarities.log_softmax(dim=-1)
+    log_student = log_relations(student, first, temperature, exclude_self)
+    log_teachers = log_relations(teachers.detach(), first, temperature, exclude_self)
+    return temperature**2 / len(student) * divergence(log_student, log_teachers)
 
-    log_teachers = log_softmax(teachers.detach())
-    weights = log_teachers.exp()
-    terms = log_teachers.sub_(log_softmax(student)).mul_(weights)  # in place: this is the peak
-    return temperature**2 / len(student) * terms.sum(dim=(1, 2))
+
+def log_relations(
+    similarities: Tensor, first: int, temperature: float, exclude_self: bool
+) -> Tensor:
+    """The log-softmax over each row of similarities / T, (..., R, B)."""
+    if temperature != 1:
+        similarities = similarities / temperature
+    if exclude_self:  # probability 0 and log-ratio 0, without inf - inf
+        n, size = similarities.shape[-2:]
+        rows = torch.arange(first, first + n, device=similarities.device)
+        own = torch.arange(size, device=similarities.device) == rows[:, None]
+        similarities = similarities.masked_fill(own, torch.finfo(similarities.dtype).min)
+    return similarities.log_softmax(dim=-1)
+
+
+def divergence(log_student: Tensor, log_teachers: Tensor) -> Tensor:
+    """The sum over rows of KL(teacher_i ‖ student_i). It overwrites ``log_teachers``."""
+    log_ratio = log_teachers - log_student
+    return log_ratio.mul_(log_teachers.exp_()).sum(dim=(-2, -1))
 
 
 def _check(

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2sd_pml.similarity import cosines
+
 B, F_DIM, D = 24, 12, 6
 CPU_FLOAT16 = pytest.param(
     torch.float16,
@@ -92,3 +94,8 @@ def plain_s2sd(loss_func, embeddings, features_map, labels, step, indices_tuple=
         if gamma_f:
             total = total + gamma_f * plain_kl(features, embeddings, t, e)
     return total
+
+
+def cosine_block(spaces):
+    """The similarity matrices of several spaces, (spaces, B, B)."""
+    return torch.stack([cosines(x) for x in spaces])

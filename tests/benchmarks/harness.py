@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -27,7 +28,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--device", default="cpu")
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--repeats", type=int, default=15)
-    made.add_argument("--save", type=Path, metavar="FILE", help="write FILE.json and FILE.md, too")
+    made.add_argument("--save", type=Path, metavar="FILE", help="write the rows as JSON, too")
     return made
 
 
@@ -87,11 +88,30 @@ def milliseconds(seconds: list[float]) -> float:
     return 1e3 * statistics.median(seconds)
 
 
-def peak_memory(work: Work) -> int:
-    """Bytes by which the memory of tensors rises at most while the work is done, by the profiler.
+def captured(work: Work) -> Work:
+    """The replay of a CUDA graph of this work, on the same tensors."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
-    The allocator reports every tensor, so nothing is sampled and nothing of other programs counts.
+
+def peak_memory(work: Work, device: str = "cpu") -> int:
+    """Bytes by which the memory of tensors rises at most while the work is done.
+
+    The allocators report every tensor, so nothing is sampled and nothing of other programs counts.
     """
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(profile_memory=True) as profile:
         work()
     now = peak = 0
@@ -110,21 +130,14 @@ def backward(value: Tensor, *leaves: Tensor) -> None:
 
 
 def finish(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print the rows as a Markdown table; save them as JSON and Markdown if asked."""
+    """Print the rows as a Markdown table; save them as JSON if asked."""
     print(f"\n{table(rows)}")
     if args.save:
         flags = [flag for flag in sys.argv[1:] if flag not in ("--save", str(args.save))]
-        command = " ".join([f"python tests/benchmarks/{Path(sys.argv[0]).name}", *flags])
+        command = shlex.join(["python", f"tests/benchmarks/{Path(sys.argv[0]).name}", *flags])
         args.save.parent.mkdir(parents=True, exist_ok=True)
         saved = {"command": command, "machine": machine(args), "rows": rows}
-        args.save.with_suffix(".json").write_text(json.dumps(saved, indent=1) + "\n")
-        args.save.with_suffix(".md").write_text(page(saved))
-
-
-def page(saved: dict[str, Any]) -> str:
-    """What is saved, for people: the command, the table, the machine."""
-    on = ", ".join(f"{key} {value}" for key, value in saved["machine"].items())
-    return f"`{saved['command']}`\n\n{table(saved['rows'])}\n\nOn {on}.\n"
+        args.save.write_text(json.dumps(saved, indent=1) + "\n")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -139,4 +152,4 @@ def cell(value: object) -> str:
     """Three significant digits for what was measured."""
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")

@@ -1,21 +1,23 @@
-"""Kernels per loss step, forward and backward: what a GPU would launch.
+"""Operations of a loss step, forward and backward: S2SDLoss over the base loss alone.
 
-On the CPU every operation that does work itself stands for a launch; views and allocations do
-not. With --device cuda the profiler counts the kernels themselves. PyTorch 2.1 times operations in
-whole microseconds, which nests some wrongly: it counts a few too many.
+On the CPU every operation that does work itself stands for a kernel; views and allocations do
+not. With --device cuda the profiler counts the kernels. Reads are the places where a GPU would
+have to finish before Python goes on. PyTorch 2.1 times operations in whole microseconds, which
+nests some wrongly: it counts a few too many.
 """
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from harness import backward, finish, parser, start
-from plain import PAPER_HEAD_DIMS, PlainS2SD
-from pytorch_metric_learning import losses, miners
+from plain import LOSSES, PAPER_HEAD_DIMS, metric_loss
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2sd_pml import S2SDLoss
-from s2sd_pml.functional import relation_kl, relation_kl_reference
 
 NO_WORK = set(
     "alias as_strided chunk contiguous detach detach_ diagonal empty empty_like empty_strided "
@@ -24,6 +26,11 @@ NO_WORK = set(
     "squeeze t to transpose unbind unflatten unsqueeze view view_as _local_scalar_dense "
     "_reshape_alias _unsafe_view".split()
 )
+READS = set(
+    "_local_scalar_dense equal is_nonzero masked_select nonzero unique_consecutive unique_dim "
+    "_unique _unique2".split()
+)
+BY_MASK = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
 def launches(work, device: str) -> int:
@@ -47,50 +54,74 @@ def working(event) -> int:
     return below or int(name != event.name and name not in NO_WORK)
 
 
+class Reads(TorchDispatchMode):
+    """Counts operations whose result, or its size, Python has to know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name in BY_MASK and any(i is not None and i.dtype == torch.bool for i in args[1])
+        by_mask = by_mask and (name == "index" or args[2].numel() > 1)  # one value only fills
+        self.count += name in READS or by_mask
+        return func(*args, **(kwargs or {}))
+
+
+def reads(work, device: str) -> int:
+    """How often a piece of work waits for the device."""
+    if not device.startswith("cuda"):
+        with Reads() as counter:
+            work()
+        return counter.count
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in caught)
+
+
+def measure(name: str, args) -> dict[str, object]:
+    """Counts for one loss, with two samples per class."""
+    features = torch.randn(args.batch, args.features, device=args.device, requires_grad=True)
+    labels = torch.arange(args.batch, device=args.device) // 2
+    embedder = torch.nn.Linear(args.features, args.embedding_size).to(args.device)
+    loss, miner = LOSSES[name]()
+    ours = S2SDLoss(
+        loss, miner, feature_dim=args.features, head_dims=args.dims, feature_distill_delay=0
+    ).to(args.device)
+
+    def base_step() -> None:
+        backward(metric_loss(loss, miner, embedder(features), labels))
+
+    def our_step() -> None:
+        backward(ours(embedder(features), labels, features=features))
+
+    base, s2sd = (launches(step, args.device) for step in (base_step, our_step))
+    return {
+        "loss": name,
+        "base loss": base,
+        "S2SDLoss": s2sd,
+        "ratio": s2sd / base,
+        "reads of the base loss": reads(base_step, args.device),
+        "reads of S2SDLoss": reads(our_step, args.device),
+    }
+
+
 def main() -> None:
     flags = parser(__doc__)
+    flags.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES))
     flags.add_argument("--batch", type=int, default=112)
+    flags.add_argument("--dims", type=int, nargs="+", default=list(PAPER_HEAD_DIMS))
     flags.add_argument("--features", type=int, default=2048)
     flags.add_argument("--embedding-size", type=int, default=128)
     args = flags.parse_args()
     start(args)
-    features = torch.randn(args.batch, args.features, device=args.device, requires_grad=True)
-    labels = torch.arange(args.batch, device=args.device) // 2
-    embedder = torch.nn.Linear(args.features, args.embedding_size).to(args.device)
-    loss, miner = losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()
-    ours = S2SDLoss(loss, miner, feature_dim=args.features, feature_distill_delay=0).to(args.device)
-    heads = [branch.head for branch in ours.branches.values()]
-    plain = PlainS2SD(loss, miner, heads, γ=50.0, γ_f=50.0)
-    widths = [*PAPER_HEAD_DIMS, args.features]
-    teachers = [torch.randn(args.batch, width, device=args.device) for width in widths]
-    weights = [50.0] * len(teachers)
-
-    def base() -> None:
-        embeddings = embedder(features)
-        backward(loss(embeddings, labels, miner(embeddings, labels)))
-
-    def head_products() -> None:
-        outputs = [head(features) for head in heads]
-        torch.autograd.backward(outputs, [z.detach() for z in outputs])
-
-    def distil(function) -> None:
-        embeddings = embedder(features)
-        backward(function(embeddings, teachers, weights=weights)[0])
-
-    pieces = {
-        "loss step": (
-            lambda: backward(ours(embedder(features), labels, features=features)),
-            lambda: backward(plain(embedder(features), labels, features)),
-        ),
-        "distillation": (lambda: distil(relation_kl), lambda: distil(relation_kl_reference)),
-        "base loss alone": (base, base),
-        "heads alone": (head_products, head_products),
-    }
-    rows = []
-    for name, pair in pieces.items():
-        here, there = (launches(work, args.device) for work in pair)
-        rows.append({"work": name, "s2sd-pml": here, "plain": there, "ratio": here / there})
-    finish(args, rows)
+    finish(args, [measure(name, args) for name in args.losses])
 
 
 if __name__ == "__main__":

@@ -1,27 +1,34 @@
-"""The loss step, forward and backward from features on: S2SDLoss against the plain equations.
+"""The loss step, forward and backward from features on: S2SDLoss, the base loss, plain equations.
 
-Beside it the floor, which no implementation of the objective can go below as long as PML computes
-the branch losses: the heads' matrix products, and PML's loss and miner in every space.
+The step has the embedder, the heads, all metric losses and the distillation, but no backbone and
+no optimizer. The base loss is the embedder and PML's loss with its miner: training without S2SD.
+"Plain" is the paper's equations written with PML's own parts. On a GPU, S2SDLoss is also compiled
+in one piece, and replayed as a CUDA graph; base loss and plain equations run eagerly.
 """
 
 from __future__ import annotations
 
 import torch
-from harness import backward, finish, in_turn, milliseconds, parser, ratio, start
-from plain import PAPER_HEAD_DIMS, PlainS2SD
-from pytorch_metric_learning import losses, miners
+from harness import (
+    backward,
+    captured,
+    finish,
+    in_turn,
+    milliseconds,
+    parser,
+    peak_memory,
+    ratio,
+    start,
+)
+from plain import LOSSES, PAPER_HEAD_DIMS, PlainS2SD, metric_loss
 
 from s2sd_pml import S2SDLoss
 
-LOSSES = {
-    "multi-similarity": lambda: (losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()),
-    "contrastive": lambda: (losses.ContrastiveLoss(), None),
-    "multi-similarity-unmined": lambda: (losses.MultiSimilarityLoss(), None),
-}
+MODES = ("eager", "compiled", "graph")
 
 
-def measure(name: str, batch: int, args) -> dict[str, object]:
-    """Times of a batch, with two samples per class as in the paper."""
+def measure(name: str, batch: int, modes: list[str], args) -> list[dict[str, object]]:
+    """Times and memory of a batch, with two samples per class as in the paper; a row a mode."""
     features = torch.randn(batch, args.features, device=args.device, requires_grad=True)
     labels = torch.arange(batch, device=args.device) // 2
     embedder = torch.nn.Linear(args.features, args.embedding_size).to(args.device)
@@ -32,52 +39,62 @@ def measure(name: str, batch: int, args) -> dict[str, object]:
     heads = [branch.head for branch in ours.branches.values()]
     plain = PlainS2SD(loss, miner, heads, γ=50.0, γ_f=50.0)
     leaves = [features, *embedder.parameters(), *ours.parameters()]
-    sizes = (args.embedding_size, *args.dims)
-    spaces = [torch.randn(batch, d, device=args.device, requires_grad=True) for d in sizes]
+    compiled = torch.compile(ours, fullgraph=True)
 
-    def head_products() -> None:
-        outputs = [head(features) for head in heads]
-        for leaf in leaves:
-            leaf.grad = None
-        torch.autograd.backward(outputs, [torch.ones_like(z) for z in outputs])
-
-    def branch_losses() -> None:
-        for z in spaces:
-            mined = miner(z, labels) if miner is not None else None
-            backward(loss(z, labels, mined), z)
+    def step(loss_func) -> None:
+        backward(loss_func(embedder(features), labels, features=features), *leaves)
 
     pieces = {
-        "ours": lambda: backward(ours(embedder(features), labels, features=features), *leaves),
+        "base": lambda: backward(metric_loss(loss, miner, embedder(features), labels), *leaves),
         "plain": lambda: backward(plain(embedder(features), labels, features), *leaves),
-        "heads": head_products,
-        "losses": branch_losses,
+        "eager": lambda: step(ours),
     }
+    if "compiled" in modes:
+        pieces["compiled"] = lambda: step(compiled)
+    if "graph" in modes:
+        pieces["graph"] = captured(pieces["eager"])
     seconds = in_turn(pieces, args.repeats, args.device)
-    seconds["floor"] = [a + b for a, b in zip(seconds["heads"], seconds["losses"], strict=True)]
-    to_plain, to_floor = ratio(seconds, "ours", "plain"), ratio(seconds, "ours", "floor")
-    return {
-        "loss": name,
-        "batch": batch,
-        "S2SDLoss ms": milliseconds(seconds["ours"]),
-        "plain ms": milliseconds(seconds["plain"]),
-        "heads ms": milliseconds(seconds["heads"]),
-        "branch losses ms": milliseconds(seconds["losses"]),
-        "S2SDLoss / plain": to_plain["ratio"],
-        "quartiles": f"{to_plain['low']:.2f} to {to_plain['high']:.2f}",
-        "S2SDLoss / (heads + branch losses)": to_floor["ratio"],
-    }
+    memory = {}
+    for piece in ("base", "plain", "eager"):
+        for leaf in leaves:
+            leaf.grad = None
+        memory[piece] = peak_memory(pieces[piece], args.device) / 2**20
+    rows = []
+    for mode in modes:
+        to_base, to_plain = ratio(seconds, mode, "base"), ratio(seconds, mode, "plain")
+        rows.append(
+            {
+                "loss": name,
+                "batch": batch,
+                "mode": mode,
+                "base loss ms": milliseconds(seconds["base"]),
+                "S2SDLoss ms": milliseconds(seconds[mode]),
+                "plain ms": milliseconds(seconds["plain"]),
+                "S2SDLoss / base": to_base["ratio"],
+                "its quartiles": f"{to_base['low']:.2f} to {to_base['high']:.2f}",
+                "S2SDLoss / plain": to_plain["ratio"],
+                "quartiles of that": f"{to_plain['low']:.2f} to {to_plain['high']:.2f}",
+                "base loss MiB": memory["base"],
+                "S2SDLoss MiB": memory["eager"],
+                "plain MiB": memory["plain"],
+            }
+        )
+    return rows
 
 
 def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--batches", type=int, nargs="+", default=[112, 512, 2048])
-    flags.add_argument("--losses", nargs="+", choices=list(LOSSES), default=["multi-similarity"])
+    flags.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES)[:1])
+    flags.add_argument("--modes", nargs="+", choices=MODES, help="default: all on a GPU, or eager")
     flags.add_argument("--dims", type=int, nargs="+", default=list(PAPER_HEAD_DIMS))
     flags.add_argument("--features", type=int, default=2048)
     flags.add_argument("--embedding-size", type=int, default=128)
     args = flags.parse_args()
     start(args)
-    finish(args, [measure(name, batch, args) for name in args.losses for batch in args.batches])
+    modes = args.modes or list(MODES if args.device.startswith("cuda") else MODES[:1])
+    every = [(name, batch) for name in args.losses for batch in args.batches]
+    finish(args, [row for case in every for row in measure(*case, modes, args)])
 
 
 if __name__ == "__main__":
