@@ -18,7 +18,8 @@ sys.path.insert(0, str(DOCS.parent / "examples"))
 
 import compare  # noqa: E402
 
-PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+PERFORMANCE = DOCS / "performance.md"  # draw_performance.py writes its tables
+PAGES = [DOCS.parent / "README.md", *sorted({*DOCS.glob("*.md")} - {PERFORMANCE})]
 BLOCK = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 

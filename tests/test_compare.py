@@ -27,11 +27,12 @@ def rows(folder):
 
 
 def test_a_grid_is_run_once_grows_and_resumes(tmp_path, capsys):
-    flags = ["--output", str(tmp_path), *TINY, "--workers", "1", "--methods", "base", "MSD"]
+    few = ["--workers", "1", "--sizes", "4", "--methods", "base", "MSD"]
+    flags = ["--output", str(tmp_path), *TINY, *few]
     compare.main(flags)
     first = rows(tmp_path)
     assert {(r["method"], r["size"], r["seed"]) for r in first} == {
-        (method, size, seed) for method in ("base", "MSD") for size in "48" for seed in "01"
+        (method, "4", seed) for method in ("base", "MSD") for seed in "01"
     }
     for row in first:
         assert 0 < float(row["Recall@1"]) < 1
@@ -50,7 +51,7 @@ def test_a_grid_is_run_once_grows_and_resumes(tmp_path, capsys):
     compare.main([*flags, "--method", "soft: --variant msd --temperature 4"])
     assert all(p.stat().st_mtime_ns == t for p, t in times.items())  # none was run again
     grown = rows(tmp_path)
-    assert len(grown) == 12
+    assert len(grown) == 6
     numbers = ("method", "size", "seed", "Recall@1", "MAP@R")
     again = [[r[k] for k in numbers] for r in grown if r["method"] != "soft"]
     assert again == [[r[k] for k in numbers] for r in first]

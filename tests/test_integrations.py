@@ -21,7 +21,7 @@ RUNS = {
     "accelerate_2": [*ACCELERATE, "examples/accelerate_loop.py"],
     "torchrun_2": [*TORCHRUN, "examples/torchrun_loop.py"],
 }
-BY_DEFAULT = ("plain", "pml_trainer")  # the others are slow
+BY_DEFAULT = ("plain",)  # the others are slow
 UNTRAINED = 15.0  # per cent of Recall@1, of a network with these 16 dimensions
 
 

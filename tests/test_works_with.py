@@ -186,15 +186,8 @@ def test_a_compiled_model_without_graph_break_with_explicit_features():
 
 
 @pytest.mark.skipif(torch.__version__ < "2.2", reason="an internal error of torch.compile")
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        pytest.param(
-            {"distill_weight": 0.0, "feature_distill_weight": 0.0}, marks=pytest.mark.slow
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"distill_weight": 0.0, "feature_distill_weight": 0.0}])
 def test_a_compiled_loss_gives_the_same(settings):
     """Captured features break the graph, where they are read."""
     torch._dynamo.reset()
