@@ -21,12 +21,17 @@ BACKBONE_TESTS = [
 ]
 
 # Module: the tests that must notice any change of it.
+STEP = "tests/test_loss.py tests/test_branches.py tests/test_recipes.py"
 MUTATED = {
+    "loss": f"{STEP} tests/test_loss_step.py tests/test_validation.py tests/test_counter.py",
+    "branches": "tests/test_branches.py tests/test_stacking.py",
+    "stacking": "tests/test_stacking.py",
+    "similarity": "tests/test_similarity.py",
     "functional": "tests/test_functional.py",
-    "kernel": "tests/test_functional.py tests/test_sharing.py",
+    "counter": "tests/test_counter.py tests/test_loss_step.py",
     "cloning": "tests/test_cloning.py",
     "capture": "tests/test_capture.py tests/test_capture_machine.py tests/test_abuse.py",
-    "optimizer": "tests/test_optimizer.py",
+    "optimizer": "tests/test_optimizer.py tests/test_loss.py",
     "rows": "tests/test_capture.py tests/test_capture_machine.py",
 }
 

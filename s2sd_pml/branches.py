@@ -84,7 +84,7 @@ class MetricLosses(NamedTuple):
         )
 
     def stacked(self, batch: Batch, cosines: Tensor | None) -> Tensor:
-        """(spaces,), by one call. ``cosines`` are those of the spaces, where they are known."""
+        """(spaces,), by one call. ``cosines``: the similarities in every space, if known."""
         loss, labels = self.losses[0], batch.labels
         assert labels is not None
         try:

@@ -16,9 +16,9 @@ from .cloning import clone_loss, clone_miner, made_by
 from .counter import is_compiling
 from .functional import rows_kl, similarity_kl
 from .heads import POOLINGS, Pooling, ProjectionHead, Unowned, output_width, pool
-from .optimizer import OptimizerGuard, add_to, param_groups
+from .optimizer import OptimizerGuard
 from .recipes import PAPER_HEAD_DIMS, Variants, plain
-from .similarity import cosine_block, full_precision
+from .similarity import Similarities, full_precision, similarities
 from .wrapper import LossWrapper, UnrecordedModuleDict
 
 Schedule = float | Callable[[int], float]
@@ -43,19 +43,16 @@ class S2SDLoss(Variants, LossWrapper):
     ``add_to``. An OptimizerWarning is raised if the model is trained and the heads are not.
 
     Args:
-        loss: a PML loss, or a factory ``embedding size -> loss`` for losses that
-            ``clone_loss`` does not know.
+        loss: a PML loss, or a factory ``embedding size -> loss`` where ``clone_loss`` refuses it.
         miner: a PML miner, copied for every branch; or None.
-        feature_dim: F. Read off the first layer of ``embedder``, if that is linear or a
-            normalisation.
+        feature_dim: F. Default: read off the first layer of ``embedder``.
         embedder: the module whose input is the features. They are captured as it is called.
         trunk: or the module whose output is the features.
         head_dims: the dimensions of the auxiliary heads, all different.
         head: ``(F, d) -> module`` that maps (B, F) to (B, d).
         distill_weight: γ >= 0, or a function of the training step.
         temperature: T > 0.
-        feature_distill_weight: γ_f >= 0, or a function of the training step. 0: no feature
-            distillation.
+        feature_distill_weight: γ_f >= 0, or such a function. 0: no feature distillation.
         feature_distill_delay: the training step, counted from 0, at which it starts.
         pooling: "avg", "avg+max" (of a feature map) or a callable; see ``heads.pool``.
         exclude_self: leave each sample's similarity to itself out of the softmaxes.
@@ -65,14 +62,12 @@ class S2SDLoss(Variants, LossWrapper):
 
     Attributes:
         components: after forward, detached scalars: "base", "aux", "distill", "feature_distill"
-            (unweighted; 0 where a term is not in force), and "aux_512",
-            "distill_512" and so on for each head.
+            (unweighted; 0 where a term is not in force), "aux_512", "distill_512" and so on.
         step: training forwards so far, saved and restored with the state_dict.
         capture: the FeatureCapture in use, or None. Assign one after unpickling a loss.
 
     Public attributes of the base loss, such as ``proxies``, ``W`` or ``get_logits``, can be read
-    here too. ``head_dims`` and ``feature_dim`` are fixed; other settings can be assigned between
-    steps.
+    here too. Settings can be assigned between steps, but ``head_dims`` and ``feature_dim``.
 
     Raises:
         S2SDError: a subclass, whose message reports the offending value and suggests a fix.
@@ -202,8 +197,8 @@ class S2SDLoss(Variants, LossWrapper):
 
         # 1/2 [ L(ψ) + mean_i L_i(g_i(φ)) ] + γ mean_i KL(g_i(φ) -> ψ) + γ_f KL(φ -> ψ)
         with torch.autocast(ψ.device.type, enabled=False):
-            S = self._similarities([ψ, *g, *φ])
-            L = self._metric_losses(batch, S)
+            S = self._similarities(ψ, g, φ)
+            L = self._metric_losses(S, batch)
             KL = gather.mean(self._relation_kl(S, ψ, [*g, *φ], gather.own_rows))
             loss = (L[0] + L[1:].mean()) / 2 + γ * KL[:m].mean() if g else L[0]
             loss = loss + γ_f * KL[m] if φ else loss
@@ -228,41 +223,13 @@ class S2SDLoss(Variants, LossWrapper):
         units = [nn.functional.normalize(z, dim=1) for z in projected]
         return dict(zip(self.head_dims, units, strict=True))
 
-    def param_groups(
-        self, lr: float, weight_decay: float = 0.0, loss_lr: float | None = None
-    ) -> list[dict[str, Any]]:
-        """Optimizer groups: the heads, and the parameters of base and branch losses, if any.
-
-        Args:
-            lr: learning rate of the heads.
-            weight_decay: of the heads (the paper's is 0). Loss parameters never decay.
-            loss_lr: learning rate of the losses' own parameters, such as proxies or a learnable
-                margin; default ``lr``.
-        """
-        heads, loss_lr = self._head_parameters(), lr if loss_lr is None else loss_lr
-        return param_groups(self, heads, lr, weight_decay, loss_lr)
-
-    def add_to(self, optimizer: torch.optim.Optimizer, **group: Any) -> S2SDLoss:
-        """Add the groups of ``param_groups`` to an optimizer, and return the loss.
-
-        Args:
-            optimizer: built over the model. The learning rate of the model's groups is the default
-                for ``lr``; where they differ, its own, if one of them is trained at that. The rate
-                of the group that holds the base loss's parameters is the default for ``loss_lr``.
-            **group: lr, weight_decay, loss_lr, and further options of the optimizer's groups.
-
-        Raises:
-            OptimizerError: if a scheduler holds the optimizer's groups already, if they leave open
-                which learning rate to take, or for an option that the optimizer does not have.
-
-        Parameters that the optimizer holds already are left where they are.
-        """
-        add_to(self, self._head_parameters(), optimizer, **group)
-        return self
-
     @property
     def _distils_features(self) -> bool:
         return callable(self.feature_distill_weight) or self.feature_distill_weight != 0
+
+    @property
+    def _begun(self) -> bool | Tensor:
+        return self.counter.has_reached(self.feature_distill_delay)
 
     @property
     def _distils(self) -> bool:
@@ -276,13 +243,6 @@ class S2SDLoss(Variants, LossWrapper):
     def _losses(self) -> MetricLosses:
         every: list[Any] = [self, *self._branches.values()]
         return MetricLosses([of.loss for of in every], [of.miner for of in every])
-
-    @property
-    def _heads(self) -> dict[str, nn.Module]:
-        return {name: branch.head for name, branch in self._branches.items()}
-
-    def _head_parameters(self) -> list[nn.Parameter]:
-        return [p for head in self._heads.values() for p in head.parameters()]
 
     def _weight(self, name: str) -> float:
         weight = getattr(self, name)
@@ -313,16 +273,14 @@ class S2SDLoss(Variants, LossWrapper):
             φ = self._features(features, embeddings, "features")
             g = self._project(φ)
             gather.compare(self)
-        every = [gather(embeddings), *gather.joined(g)]
-        spaces = [full_precision(x) for x in every]
+        spaces = [full_precision(x) for x in (gather(embeddings), *gather.joined(g))]
         refs: list[Tensor | None] = [None for _ in spaces]
         if ref_emb is embeddings:
             refs = [*spaces]
         elif ref_emb is not None:
             ref_φ = self._features(ref_features, ref_emb, "ref_features") if g else None
             refs = [ref_emb, *self._project(ref_φ)]
-        begun = is_compiling() or self.step >= self.feature_distill_delay
-        teaches = self._distils_features and begun
+        teaches = self._distils_features and bool(is_compiling() or self._begun)
         teacher = [] if φ is None or not teaches else [gather(full_precision(φ.detach()))]
         return Batch(spaces, refs, gather(labels), indices_tuple, ref_labels), teacher
 
@@ -351,20 +309,24 @@ class S2SDLoss(Variants, LossWrapper):
         branches = zip(self.head_dims, self._branches.values(), strict=True)
         return [branch.project(features, dim) for dim, branch in branches]
 
-    def _similarities(self, spaces: list[Tensor]) -> Tensor | None:
-        """cos in every space, (spaces, B, B); None if nothing is distilled, or in chunks."""
-        if self.chunk_size is not None or len(spaces) == 1:
+    def _similarities(self, ψ: Tensor, g: list[Tensor], φ: list[Tensor]) -> Similarities | None:
+        """cos in every space; None if nothing is distilled, or in chunks."""
+        if self.chunk_size is not None or not (g or φ):
             return None
-        return cosine_block([x.to(spaces[0].dtype) for x in spaces])
+        return similarities([x.to(ψ.dtype) for x in (ψ, *g)], [x.to(ψ.dtype) for x in φ])
 
-    def _metric_losses(self, batch: Batch, S: Tensor | None) -> Tensor:
+    def _metric_losses(self, S: Similarities | None, batch: Batch) -> Tensor:
         """L in every space, (1 + m,)."""
         if self._stacks and self._losses.can_stack(batch):
-            return self._losses.stacked(batch, None if S is None else S[: len(batch.spaces)])
+            return self._losses.stacked(batch, None if S is None else S.spaces)
         return self._losses.one_by_one(batch)
 
     def _relation_kl(
-        self, S: Tensor | None, ψ: Tensor, teachers: list[Tensor], own_rows: tuple[int, int] | None
+        self,
+        S: Similarities | None,
+        ψ: Tensor,
+        teachers: list[Tensor],
+        own_rows: tuple[int, int] | None,
     ) -> Tensor:
         """KL(teacher -> ψ) of every teacher, over this rank's rows."""
         start, stop = own_rows or (0, len(ψ))
@@ -372,10 +334,10 @@ class S2SDLoss(Variants, LossWrapper):
         if S is None:
             kl = rows_kl(ψ, teachers, (start, stop), *softmax, self.chunk_size)
         else:
-            kl = similarity_kl(S[0, start:stop], S[1:, start:stop], start, *softmax)
+            rows = S.student[start:stop], S.teachers[:, start:stop]
+            kl = similarity_kl(*rows, start, *softmax)
         if is_compiling() and len(kl) > len(self.head_dims):
-            begun = self.counter.has_reached(self.feature_distill_delay)
-            kl = torch.cat([kl[:-1], kl[-1:] * begun])
+            kl = torch.cat([kl[:-1], kl[-1:] * self._begun])
         return kl
 
     def _record(self, L: Tensor, KL: Tensor) -> None:

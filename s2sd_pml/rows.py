@@ -209,7 +209,7 @@ def _acts_on_rows(node: Any) -> bool:
     if not dims:
         return True
     shape = _shape(node, 0)
-    if shape is None:  # before torch 2.2 the rank is unknown: only the last dimension is no row
+    if shape is None:  # the rank is unknown: only the last dimension is surely no row
         return any(_signed(d) not in (-1,) and _signed(d) <= 0 for d in dims)
     rank = len(shape) + node.name().startswith(("Select", "Unbind"))
     return 0 in [_from_zero(d, rank) for d in dims]
@@ -237,6 +237,6 @@ def _signed(number: Any) -> Any:
 
 
 def _shape(node: Any, output: int) -> tuple[int, ...] | None:
-    """The shape of a node's output, which autograd knows from torch 2.2 on."""
+    """The shape of a node's output; None in torch 2.4 and earlier, which do not show it."""
     metadata = getattr(node, "_input_metadata", None)
     return None if metadata is None else tuple(metadata[output].shape)

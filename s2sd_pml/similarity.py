@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .counter import is_compiling
 
-def cosine_block(spaces: Sequence[Tensor]) -> Tensor:
-    """The cosine similarities within the batch, in every space: (len(spaces), B, B).
+BLOCK = 256  # rows of a symmetric product at a time
 
-    Args:
-        spaces: embeddings (B, d_i) of the same batch, of any widths, in one dtype.
-    """
-    return torch.stack([_Gram.apply(unit_rows(x)) for x in spaces])  # type: ignore[no-untyped-call]
+
+class Similarities(NamedTuple):
+    """The block of similarity matrices, and what the KL takes of it."""
+
+    student: Tensor  # cos(ψ), (B, B)
+    spaces: Tensor  # cos of ψ and every head, (1 + m, B, B), for the metric losses
+    teachers: Tensor  # cos of every teacher, (teachers, B, B), detached
+
+
+def similarities(spaces: Sequence[Tensor], others: Sequence[Tensor]) -> Similarities:
+    """The block of embeddings and heads, ψ first, who teach it together with the others."""
+    matrices = [cosines(x) for x in spaces]
+    with torch.no_grad():
+        teachers = torch.stack([*matrices[1:], *(cosines(x) for x in others)])
+    return Similarities(matrices[0], torch.stack(matrices), teachers)
+
+
+def cosines(x: Tensor) -> Tensor:
+    """The cosine similarities of the rows of x (B, d), (B, B)."""
+    return _Gram.apply(unit_rows(x))  # type: ignore[no-any-return,no-untyped-call]
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -35,7 +51,14 @@ class _Gram(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return x @ x.T
+        if x.device.type != "cpu" or len(x) <= BLOCK or is_compiling():
+            return x @ x.T
+        out = x.new_empty(len(x), len(x))
+        for a in range(0, len(x), BLOCK):  # half of a symmetric matrix, and its mirror image
+            b = a + BLOCK
+            out[a:b, a:] = x[a:b] @ x[a:].T
+            out[b:, a:b] = out[a:b, b:].T
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

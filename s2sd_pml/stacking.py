@@ -16,7 +16,7 @@ from pytorch_metric_learning import distances, losses, miners, reducers
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor, nn
 
-from .similarity import cosine_block
+from .similarity import cosines
 
 # Losses over rows of the matrix, then losses over lists of pairs or triplets; and what they are
 # made of. Each with the settings that all spaces must share.
@@ -52,7 +52,8 @@ KNOWN: dict[type, tuple[str, ...]] = {
     reducers.AvgNonZeroReducer: ("low", "high"),
 }
 MULTI_SIMILARITY = losses.MultiSimilarityLoss
-METHODS = ("forward", "compute_loss", "_compute_loss", "mine")
+CACHED = 2**18  # entries that a CPU works on at a time, so that they stay in its cache
+METHODS = {kind: frozenset(n for n in dir(kind) if callable(getattr(kind, n))) for kind in KNOWN}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -74,7 +75,7 @@ def stacked_losses(
     spaces: Sequence[Tensor],
     labels: Tensor,
     indices_tuple: Any = None,
-    cosines: Tensor | None = None,
+    block: Tensor | None = None,
 ) -> Tensor:
     """One metric loss a space, (len(spaces),).
 
@@ -84,45 +85,47 @@ def stacked_losses(
         spaces: embeddings (B, d_i).
         labels: (B,).
         indices_tuple: pairs or triplets for all spaces, without a miner.
-        cosines: ``cosine_block(spaces)``, if it is known.
+        block: the cosine similarities in every space, (spaces, B, B), if they are known.
     """
     loss, miner = losses[0], miners[0]
-    block = _matrices(loss.distance, spaces, cosines)
+    block = _matrices(loss.distance, spaces, block)
     if type(loss) in PAIR_LOSSES:
         terms = _by_pairs(loss, block, labels, indices_tuple)
-    elif miner is None:
-        terms = _by_rows(loss, block, *_pairs(loss, block[0], labels, indices_tuple))
     else:
-        with torch.no_grad():
-            same = _signature(miner.distance) == _signature(loss.distance)
-            mined_on = block if same else _matrices(miner.distance, spaces)
-            masks = _mined(miner, mined_on, labels)
-        terms = _by_rows(loss, block, *masks)
+        pairs = _pairs(loss, block[0], labels, indices_tuple)
+        mined_on = None
+        if miner is not None:
+            with torch.no_grad():
+                same = _signature(miner.distance) == _signature(loss.distance)
+                mined_on = block.detach() if same else _matrices(miner.distance, spaces)
+        terms = _by_rows(loss, block, pairs, miner, mined_on)
     values = [_reduced(_reducer(loss, name), term) for name, term in terms.items()]
     return values[0] if len(values) == 1 else torch.stack(values).sum(dim=0)
 
 
 def agrees_with_pml(loss: Any, miner: Any) -> bool:
     """Whether values and gradients are those of PML's own calls, on a small fixed batch."""
-    loss, miner = copy.deepcopy(loss), copy.deepcopy(miner)
-    labels = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3])
-    numbers = [torch.arange(8.0 * d, dtype=torch.float64).view(8, d) for d in (3, 5)]
-    spaces = [x.mul(x.shape[1]).sin().requires_grad_() for x in numbers]
 
     def with_gradients(values: Sequence[Tensor]) -> list[Tensor]:
         return [*values, *torch.autograd.grad(values[0] + 2 * values[1], spaces)]
 
-    try:
-        ours = with_gradients(stacked_losses([loss] * 2, [miner] * 2, spaces, labels).unbind())
-        mined = [None if miner is None else miner(x, labels) for x in spaces]
-        pml = [loss(x, labels, pairs) for x, pairs in zip(spaces, mined, strict=True)]
-        return all(_close(a, b) for a, b in zip(ours, with_gradients(pml), strict=True))
-    except Exception:
-        return False
+    # A loss may be built under no_grad, or on the meta device.
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        loss, miner = copy.deepcopy(loss), copy.deepcopy(miner)
+        labels = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3])
+        numbers = [torch.arange(8.0 * d, dtype=torch.float64).view(8, d) for d in (3, 5)]
+        spaces = [x.mul(x.shape[1]).sin().requires_grad_() for x in numbers]
+        try:
+            ours = with_gradients(stacked_losses([loss] * 2, [miner] * 2, spaces, labels).unbind())
+            mined = [None if miner is None else miner(x, labels) for x in spaces]
+            pml = [loss(x, labels, pairs) for x, pairs in zip(spaces, mined, strict=True)]
+            return all(_close(a, b) for a, b in zip(ours, with_gradients(pml), strict=True))
+        except Exception:
+            return False
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=1e-9, atol=1e-10)
+    return torch.allclose(a, b.reshape(a.shape), rtol=1e-9, atol=1e-10, equal_nan=True)
 
 
 def _signature(part: Any) -> Any:
@@ -141,15 +144,16 @@ def _is_watched(module: Any) -> bool:
     return bool(
         module.collect_stats
         or any(getattr(module, hooks) for hooks in HOOKS)
-        or any(name in module.__dict__ for name in METHODS)
+        or not METHODS[type(module)].isdisjoint(module.__dict__)
     )
 
 
-def _matrices(distance: Any, spaces: Sequence[Tensor], cosines: Tensor | None = None) -> Tensor:
+def _matrices(distance: Any, spaces: Sequence[Tensor], known: Tensor | None = None) -> Tensor:
     """The distances within the batch, in every space: (len(spaces), B, B)."""
-    if type(distance) is distances.CosineSimilarity and (distance.p, distance.power) == (2, 1):
-        return cosine_block(spaces) if cosines is None else cosines
-    return torch.stack([distance(x) for x in spaces])
+    settings = (getattr(distance, name) for name in ("normalize_embeddings", "p", "power"))
+    if type(distance) is not distances.CosineSimilarity or tuple(settings) != (True, 2, 1):
+        return torch.stack([distance(x) for x in spaces])
+    return torch.stack([cosines(x) for x in spaces]) if known is None else known
 
 
 def _pairs(loss: Any, matrix: Tensor, labels: Tensor, indices_tuple: Any) -> tuple[Tensor, Tensor]:
@@ -166,30 +170,43 @@ def _pairs(loss: Any, matrix: Tensor, labels: Tensor, indices_tuple: Any) -> tup
     return positive, negative
 
 
-def _mined(miner: Any, block: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """MultiSimilarityMiner's pairs, as masks (spaces, B, B).
+def _mined(miner: Any, matrix: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """MultiSimilarityMiner's choice of pairs; matrix and masks are (rows, B).
 
     A positive pair counts if it is less similar than the row's most similar negative plus ε, a
     negative one if it is more similar than the row's least similar positive minus ε.
     """
-    positive, negative = _pairs(None, block[0], labels, None)
-    similar = block if miner.distance.is_inverted else -block
-    limit = torch.finfo(block.dtype)
-    lowest = similar.masked_fill(~positive, limit.max).amin(dim=-1, keepdim=True)
-    highest = similar.masked_fill(~negative, limit.min).amax(dim=-1, keepdim=True)
-    positive = positive & (similar - miner.epsilon < highest)
-    negative = negative & (similar + miner.epsilon > lowest)
-    pairs = torch.maximum(positive.sum(dim=(1, 2)), negative.sum(dim=(1, 2)))
-    enough = (pairs > 1)[:, None, None]  # PML takes a single pair for none
-    return positive & enough, negative & enough
+    similar = matrix if miner.distance.is_inverted else -matrix
+    limit = torch.finfo(matrix.dtype)
+    lowest = similar.masked_fill(~positive, limit.max).amin(dim=1, keepdim=True)
+    highest = similar.masked_fill(~negative, limit.min).amax(dim=1, keepdim=True)
+    hard_positive = positive & (similar - miner.epsilon < highest)
+    return hard_positive, negative & (similar + miner.epsilon > lowest)
 
 
-def _by_rows(loss: Any, block: Tensor, positive: Tensor, negative: Tensor) -> dict[str, Tensor]:
+def _by_rows(
+    loss: Any, block: Tensor, pairs: tuple[Tensor, Tensor], miner: Any, mined_on: Tensor | None
+) -> dict[str, Tensor]:
     """PML's losses of every row, by name of the term: (spaces, B)."""
-    dtype = block.dtype if type(loss) is losses.SupConLoss else torch.bool  # it adds masks up
-    masks = [mask.to(dtype).expand_as(block).flatten(0, 1) for mask in (positive, negative)]
-    terms = loss._compute_loss(block.flatten(0, 1), *masks)
-    return {name: _of_spaces(term["losses"], block) for name, term in terms.items()}
+    height = block.shape[0] * block.shape[1]
+    sums_masks = type(loss) is losses.SupConLoss  # and takes no row for itself
+    if block.device.type == "cpu" and not sums_masks:
+        height = max(CACHED // block.shape[1], 1)
+    every = (block, block if mined_on is None else mined_on, *pairs)
+    parts = (torch.split(x.expand_as(block).flatten(0, 1), height) for x in every)
+    terms, counts = [], []
+    for rows, mined_rows, positive, negative in zip(*parts, strict=True):
+        if miner is not None:
+            positive, negative = _mined(miner, mined_rows, positive, negative)
+            counts.append(torch.stack([positive.sum(dim=1), negative.sum(dim=1)]))
+        if sums_masks:
+            positive, negative = positive.to(rows.dtype), negative.to(rows.dtype)
+        terms.append(loss._compute_loss(rows, positive, negative))
+    found = {n: _of_spaces([t[n]["losses"] for t in terms], block) for n in terms[0]}
+    if counts:  # PML takes a single pair for none
+        enough = torch.cat(counts, dim=1).view(2, len(block), -1).sum(dim=2).amax(dim=0) > 1
+        found = {n: v.where(enough[:, None], v.new_zeros(())) for n, v in found.items()}
+    return found
 
 
 def _by_pairs(loss: Any, block: Tensor, labels: Tensor, indices_tuple: Any) -> dict[str, Tensor]:
@@ -207,15 +224,17 @@ def _by_pairs(loss: Any, block: Tensor, labels: Tensor, indices_tuple: Any) -> d
         terms = compute_loss(_OnMatrix(loss), matrix, labels, indices_tuple, None, None)
         values = {name: term["losses"] for name, term in terms.items()}
         without_values.update(n for n, v in values.items() if not isinstance(v, Tensor))
-        return {n: v for n, v in values.items() if isinstance(v, Tensor)}
+        return {n: v.flatten() for n, v in values.items() if isinstance(v, Tensor)}
 
     terms = torch.func.vmap(one_space)(block)
-    return {**terms, **{name: _of_spaces(0, block) for name in without_values}}
+    return {**terms, **{name: _of_spaces([0], block) for name in without_values}}
 
 
-def _of_spaces(values: Any, block: Tensor) -> Tensor:
+def _of_spaces(values: list[Any], block: Tensor) -> Tensor:
     """(spaces, values); PML's number 0, for a batch without pairs, becomes no values."""
-    return values.view(len(block), -1) if isinstance(values, Tensor) else block.flatten(1)[:, :0]
+    if not isinstance(values[0], Tensor):
+        return block.flatten(1)[:, :0]
+    return torch.cat(values).view(len(block), -1)
 
 
 class _OnMatrix:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections import UserDict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import nn
 
 from .counter import StepCounter, rename_step
+from .optimizer import add_to, param_groups
 from .validation import check_assignable
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # What frameworks look for on a module to initialise or unwrap it: never the base loss's.
 NOT_FORWARDED = ("weight", "bias", "reset_parameters", "init_weights", "module")
@@ -21,6 +26,8 @@ SETTINGS = (
 
 class LossWrapper(ModuleWithRecords):  # type: ignore[misc]
     """A module that shows the public attributes of the base loss, ``self.loss``, as its own."""
+
+    branches: UnrecordedModuleDict
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,6 +42,45 @@ class LossWrapper(ModuleWithRecords):  # type: ignore[misc]
     @step.setter
     def step(self, step: int) -> None:
         self.counter.count = step
+
+    def param_groups(
+        self, lr: float, weight_decay: float = 0.0, loss_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups: the heads, and the parameters of base and branch losses, if any.
+
+        Args:
+            lr: learning rate of the heads.
+            weight_decay: of the heads (the paper's is 0). Loss parameters never decay.
+            loss_lr: learning rate of the losses' own parameters, such as proxies or a learnable
+                margin; default ``lr``.
+        """
+        heads, loss_lr = self._head_parameters(), lr if loss_lr is None else loss_lr
+        return param_groups(self, heads, lr, weight_decay, loss_lr)
+
+    def add_to(self, optimizer: torch.optim.Optimizer, **group: Any) -> Self:
+        """Add the groups of ``param_groups`` to an optimizer, and return the loss.
+
+        Args:
+            optimizer: built over the model. The learning rate of the model's groups is the default
+                for ``lr``; where they differ, its own, if one of them is trained at that. The rate
+                of the group that holds the base loss's parameters is the default for ``loss_lr``.
+            **group: lr, weight_decay, loss_lr, and further options of the optimizer's groups.
+
+        Raises:
+            ArgumentError: if a scheduler holds the optimizer's groups already, if they leave open
+                which learning rate to take, or for an option that the optimizer does not have.
+
+        Parameters that the optimizer holds already are left where they are.
+        """
+        add_to(self, self._head_parameters(), optimizer, **group)
+        return self
+
+    @property
+    def _heads(self) -> dict[str, nn.Module]:
+        return {name: branch.head for name, branch in self.branches.items()}  # type: ignore[misc]
+
+    def _head_parameters(self) -> list[nn.Parameter]:
+        return [p for head in self._heads.values() for p in head.parameters()]
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in SETTINGS)

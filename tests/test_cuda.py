@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
@@ -24,6 +25,11 @@ pytestmark = [
 
 CASES = {
     "multi-similarity": lambda: (losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()),
+    "not mined": lambda: (losses.MultiSimilarityLoss(), None),
+    "lifted": lambda: (losses.GeneralizedLiftedStructureLoss(), None),
+    "circle": lambda: (losses.CircleLoss(), None),
+    "contrastive": lambda: (losses.ContrastiveLoss(), None),
+    "supervised contrastive": lambda: (losses.SupConLoss(), None),
     "triplets": lambda: (losses.TripletMarginLoss(), None),
     "mined triplets": lambda: (losses.TripletMarginLoss(), miners.TripletMarginMiner()),
     "margin": lambda: (losses.MarginLoss(learn_beta=True, num_classes=6), None),
@@ -86,9 +92,9 @@ def test_distillation_is_its_plain_twin_in_double_precision(
         s = student.to(device, dtype).requires_grad_()
         kwargs |= {"temperature": temperature, "exclude_self": exclude_self}
         ts = [t.to(device, dtype) for t in teachers]
-        total, each = function(s, ts, weights=[50.0, 20.0], **kwargs)
-        total.backward()
-        return [t.detach().cpu().double() for t in (total, each, s.grad)]
+        kl = function(s, ts, **kwargs)
+        (50 * kl[0] + 20 * kl[1]).backward()
+        return [t.detach().cpu().double() for t in (kl, s.grad)]
 
     want = distil(relation_kl_reference, "cpu", torch.float64)
     before = torch.backends.cuda.matmul.allow_tf32
@@ -238,13 +244,124 @@ def test_one_nccl_rank_is_no_rank(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_the_kl_waits_for_nothing():
-    """No value is read back while the step is queued: the GPU never idles for the KL."""
-    student = torch.randn(64, 8, device=GPU, requires_grad=True)
-    teachers = [torch.randn(64, d, device=GPU) for d in (16, 32)]
-    relation_kl(student, teachers, weights=[1.0, 2.0])[0].backward()  # handles are made
+@contextlib.contextmanager
+def waiting_is_an_error():
+    """No value may be read back while work is queued: the GPU never idles for Python."""
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        relation_kl(student, teachers, weights=[1.0, 2.0], exclude_self=True)[0].backward()
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_waiting_would_be_noticed():
+    x = torch.ones(2, device=GPU)
+    with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchronizing"):
+        x.sum().item()
+
+
+@pytest.mark.parametrize("chunk_size", [None, 20])
+def test_the_kl_waits_for_nothing(chunk_size):
+    student = torch.randn(64, 8, device=GPU, requires_grad=True)
+    teachers = [torch.randn(64, d, device=GPU) for d in (16, 32)]
+
+    def distil():
+        kwargs = {"exclude_self": True, "temperature": 0.5, "chunk_size": chunk_size}
+        relation_kl(student, teachers, **kwargs).sum().backward()
+
+    distil()  # handles are made
+    with waiting_is_an_error():
+        distil()
+
+
+@pytest.mark.parametrize("how", ["given", "captured"])
+@pytest.mark.parametrize("case", ["multi-similarity", "not mined", "lifted"])
+def test_a_training_step_waits_for_nothing(case, how):
+    model, loss_func = make(GPU, case, feature_distill_delay=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    loss_func.add_to(optimizer)
+    x, y = images().to(GPU), labels().to(GPU)
+
+    def step():
+        features = model.trunk(x).mean(dim=(2, 3))
+        given = {"features": features} if how == "given" else {}
+        loss_func(model.embedder(features), y, **given).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2):
+        step()  # handles are made
+    with waiting_is_an_error():
+        for _ in range(3):
+            step()
+    assert loss_func.step == 5
+    assert loss_func.components["feature_distill"] > 0
+
+
+def leaves_on_the_gpu():
+    x = torch.randn(24, D, device=GPU, dtype=torch.float64, requires_grad=True)
+    return x, torch.randn(24, 12, device=GPU, dtype=torch.float64, requires_grad=True)
+
+
+def step_of(loss_func, embeddings, features, y):
+    """The value and the gradients, in buffers that stay where they are."""
+    value = loss_func(embeddings, y, features=features)
+    value.backward()
+    return value
+
+
+@pytest.mark.parametrize("case", ["multi-similarity", "not mined"])
+def test_the_step_can_be_captured_in_a_cuda_graph(case):
+    """Replayed with other numbers in its inputs, it gives what an eager step gives."""
+    _, loss_func = make(GPU, case, dtype=torch.float64)
+    (embeddings, features), y = leaves_on_the_gpu(), labels().to(GPU)
+    trained = [embeddings, features, *loss_func.parameters()]
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(3):  # as PyTorch asks for before a capture
+            step_of(loss_func, embeddings, features, y)
+    torch.cuda.current_stream().wait_stream(beside)
+    for p in trained:
+        p.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = step_of(loss_func, embeddings, features, y)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for x in (embeddings, features):
+                x.copy_(torch.randn_like(x))
+            y.copy_(torch.randint(6, (24,)))
+        graph.replay()
+        found = [value.detach().clone(), *(p.grad.clone() for p in trained)]
+        copies = [p.grad for p in trained]
+        for p in trained:
+            p.grad = None
+        want = step_of(loss_func, embeddings, features, y)
+        want = [want.detach(), *(p.grad for p in trained)]
+        for p, grad in zip(trained, copies, strict=True):
+            p.grad = grad  # the graph writes to these
+        torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.4", reason="fullgraph works from there on")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("case", ["multi-similarity", "not mined"])
+def test_the_compiled_loss_is_the_eager_one(case, mode):
+    torch._dynamo.reset()
+    _, eager = make(GPU, case, dtype=torch.float64, feature_distill_delay=3)
+    _, other = make(GPU, case, dtype=torch.float64, feature_distill_delay=3)
+    compiled, y = torch.compile(other, fullgraph=True, mode=mode), labels().to(GPU)
+    for k in range(6):
+        torch.manual_seed(k)
+        found, (embeddings, features) = [], leaves_on_the_gpu()
+        for module, call in ((other, compiled), (eager, eager)):
+            module.zero_grad()
+            x, φ = (t.detach().clone().requires_grad_() for t in (embeddings, features))
+            value = step_of(call, x, φ, y)
+            grads = [p.grad for p in (x, φ, *module.parameters())]
+            found.append([t.detach().clone() for t in (value, *grads)])
+        torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-9)
+    assert other.step == eager.step == 6

@@ -223,6 +223,7 @@ class SharpnessAware(torch.optim.Optimizer):
 
 OPTIMIZERS = {
     "fused AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "fused AdamW at rate 0": lambda p: torch.optim.AdamW(p, lr=0.0, fused=True),
     "fused SGD": lambda p: torch.optim.SGD(p, lr=1e-3, fused=True),
     "foreach SGD": lambda p: torch.optim.SGD(p, lr=1e-3, foreach=True),
     "loop SGD": lambda p: torch.optim.SGD(p, lr=1e-3, foreach=False),
@@ -286,12 +287,25 @@ def test_lbfgs_with_a_closure(included):
     assert [w.category for w in caught] == [OptimizerWarning] * (not included)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.4", reason="fused on the CPU is newer")
 def test_warm_up_of_fused_heads_at_rate_zero_is_silent():
     model, loss_func = make()
-    heads = torch.optim.AdamW(loss_func.parameters(), lr=0.0, foreach=True)
-    assert not run(
-        model, loss_func, Together(torch.optim.SGD(model.parameters(), 0.1), heads), steps=20
-    )
+    heads = torch.optim.AdamW(loss_func.parameters(), lr=0.0, fused=True)
+    both = Together(torch.optim.SGD(model.parameters(), 0.1), heads)
+    assert not run(model, loss_func, both, steps=LATE + 10)
+
+
+def test_a_model_that_no_optimizer_steps_is_silent():
+    model, loss_func = make()
+    assert not run(model, loss_func, torch.optim.SGD(loss_func.parameters(), lr=0.1))
+    assert loss_func._guard._done
+
+
+def test_heads_that_wait_beside_a_custom_optimizer_of_the_model_are_silent():
+    model, loss_func = make()
+    heads = torch.optim.SGD(loss_func.parameters(), lr=0.1)
+    together = Together(Custom(model.parameters()), every=10, rare=(heads,))
+    assert not run(model, loss_func, together, steps=15)
 
 
 def test_heads_stepped_every_tenth_iteration_are_silent():
@@ -630,13 +644,15 @@ class WithFeatures(Model):
 def fully_sharded_rank(rank):
     from torch.distributed.fsdp import fully_shard
 
-    for heads, sharded_loss in ((False, False), (False, True), (True, False), (True, True)):
+    cases = (False, False), (False, True), (True, False), (True, True), ("rare", True)
+    for heads, sharded_loss in cases:
         model = WithFeatures()
         loss_func = S2SDLoss(losses.NTXentLoss(), feature_dim=12, head_dims=(8, 9))
         for module in (model.trunk, model.embedder, model, *([loss_func] if sharded_loss else [])):
             fully_shard(module)
-        parameters = [*model.parameters(), *(loss_func.parameters() if heads else [])]
+        parameters = [*model.parameters(), *(loss_func.parameters() if heads is True else [])]
         adam = torch.optim.AdamW(parameters, lr=0.0)
+        waiting = [torch.optim.AdamW(loss_func.parameters())] if heads == "rare" else []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", OptimizerWarning)
             for step in range(19):
@@ -650,7 +666,7 @@ def fully_sharded_rank(rank):
                     assert loss_func._guard._model_steps == 0
         found = [str(w.message) for w in caught if w.category is OptimizerWarning]
         assert len(found) == (not heads), (heads, sharded_loss, found)
-        assert loss_func._guard._done
+        assert loss_func._guard._done == (not waiting)
     return {}
 
 
