@@ -51,6 +51,8 @@ def measure(name: str, batch: int, modes: list[str], args) -> list[dict[str, obj
     }
     if "compiled" in modes:
         pieces["compiled"] = lambda: step(compiled)
+        for _ in range(3):  # the first ones compile
+            pieces["compiled"]()
     if "graph" in modes:
         pieces["graph"] = captured(pieces["eager"])
     seconds = in_turn(pieces, args.repeats, args.device)
