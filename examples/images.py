@@ -205,12 +205,16 @@ class Batches(Sampler[Key]):
         self.steps, self.seed = steps, seed  # steps of an epoch
         self.start, self.stop = 0, steps
         classes, needed = len(set(self.labels)), batch_size // per_class
+        fits = per_class * max(1, min(needed, classes))
+        fix = f"use --batch-size {fits} --per-class {per_class}"
         if batch_size % per_class:
-            raise ValueError(f"--batch-size {batch_size} is no multiple of --per-class {per_class}")
+            raise ValueError(
+                f"--batch-size {batch_size} is no multiple of --per-class {per_class}: {fix}"
+            )
         if classes < needed:
             raise ValueError(
                 f"--batch-size {batch_size} with --per-class {per_class} needs {needed} classes, "
-                f"and there are {classes} to train with"
+                f"and there are {classes} to train with: {fix}"
             )
 
     def __len__(self) -> int:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytorch_metric_learning
 import torch
+from pytorch_metric_learning.losses import CrossBatchMemory
 from torch import Tensor, nn
 
 from . import stacking
 from .errors import BatchError, S2SDWarning, outside
-from .refusals import refused
+from .refusals import check_loss_value, refused
 from .similarity import full_precision
-from .validation import check_loss_value
 
 
 class Branch(nn.Module):
@@ -130,10 +132,16 @@ def metric_loss(
 ) -> Tensor:
     """L(embeddings) in float32 (float64 stays), autocast off: a scalar.
 
+    In evaluation the queue of a CrossBatchMemory is left as it was.
+
     A given ``indices_tuple`` replaces the miner. Only what was given is passed on: PML compares
     ``ref_emb`` with ``embeddings`` by identity, and some losses take fewer arguments.
     """
-    with torch.autocast(embeddings.device.type, enabled=False):
+    evaluates = not (loss.training and torch.is_grad_enabled())
+    with (
+        torch.autocast(embeddings.device.type, enabled=False),
+        memories_kept(loss) if evaluates else contextlib.nullcontext(),
+    ):
         same = ref_emb is embeddings
         embeddings = full_precision(embeddings)
         given: dict[str, Any] = {}
@@ -160,3 +168,19 @@ def metric_loss(
         return embeddings.sum() * 0 + float(value)
     scalar: Tensor = value.reshape(())
     return scalar
+
+
+@contextlib.contextmanager
+def memories_kept(loss: nn.Module) -> Iterator[None]:
+    """Put the queue of every CrossBatchMemory back afterwards; what is called writes to a copy."""
+    names = ("embedding_memory", "label_memory", "queue_idx", "has_been_filled")
+    memories = [m for m in loss.modules() if isinstance(m, CrossBatchMemory)]
+    before = [{name: getattr(m, name) for name in names} for m in memories]
+    for m in memories:
+        m.embedding_memory, m.label_memory = m.embedding_memory.clone(), m.label_memory.clone()
+    try:
+        yield
+    finally:
+        for m, values in zip(memories, before, strict=True):
+            for name, value in values.items():
+                setattr(m, name, value)

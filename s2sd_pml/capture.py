@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .counter import is_compiling
-from .errors import ArgumentError, MissingFeaturesError, outside
+from .errors import ArgumentError, MissingFeaturesError, S2SDWarning, outside
 from .rows import UnfollowableError, follow_rows, nearest
 from .uncompiled import uncompiled
 
@@ -259,6 +259,7 @@ class FeatureCapture:
                 "carry no graph, and it seems to hold a trunk: the raw input would be distilled. "
                 "Name its last layer, such as embedder=<model>[-1] or embedder=<model>.fc. If they "
                 "are features of a frozen trunk, pass features=... to silence this warning.",
+                S2SDWarning,
                 stacklevel=outside(),
             )
 

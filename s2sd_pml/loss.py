@@ -205,7 +205,7 @@ class S2SDLoss(Variants, LossWrapper):
 
         self._record(L.detach(), KL.detach())
         if L[1:].requires_grad:
-            self._guard.check(self._heads, embeddings)
+            self._guard.check(self._heads, embeddings, self.counter)
         if torch.is_grad_enabled():
             self.counter.tick()
         return gather.touch(loss, self._losses.losses)
@@ -254,6 +254,8 @@ class S2SDLoss(Variants, LossWrapper):
         validation.check_batch(embeddings, labels, indices_tuple, ref_emb, self.loss)
         arguments = (embeddings, labels, indices_tuple, ref_emb, ref_labels)
         loss = metric_loss(self.loss, self.miner, *arguments)
+        if self._distils:
+            self._guard.check_eval(loss, embeddings, self)
         self._record(loss.detach().reshape(1), loss.new_zeros(0))
         return loss
 
@@ -278,6 +280,8 @@ class S2SDLoss(Variants, LossWrapper):
         if ref_emb is embeddings:
             refs = [*spaces]
         elif ref_emb is not None:
+            if g:
+                validation.check_one_tower(embeddings, ref_emb, labels)
             ref_φ = self._features(ref_features, ref_emb, "ref_features") if g else None
             refs = [ref_emb, *self._project(ref_φ)]
         teaches = self._distils_features and bool(is_compiling() or self._begun)

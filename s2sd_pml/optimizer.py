@@ -5,16 +5,18 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook as after_steps
+from torch.optim.optimizer import register_optimizer_step_pre_hook as before_steps
 
 from .counter import is_compiling
-from .errors import ArgumentError, OptimizerWarning, outside
+from .errors import ArgumentError, OptimizerWarning, S2SDWarning, outside
+from .rows import parameters_behind
 from .validation import check_weight
 
 PATIENCE = 5  # steps of the model after which the guard decides
@@ -22,7 +24,16 @@ LATE = 50  # the same where an optimizer holds the heads, but has not stepped th
 # New layers usually train at 5 to 10 times the trunk's rate, proxies at 100 times and more. Between
 # the two, a group that holds heads and proxies was meant for the proxies.
 FACTOR = 30
-MAX_NODES, LEAVES = 400, 8  # how far to look for the model's parameters
+IN_EVAL = (
+    "The model was trained through an S2SDLoss in eval() mode: with the base loss, without S2SD. "
+    "Call loss_func.train() after validation; model.train() does not reach a loss outside of the "
+    "model. To train with the base loss on purpose, call loss_func.loss(...)."
+)
+RESTORED = (
+    "The optimizer has state from before the first step of this S2SDLoss, whose heads and step are "
+    "new. If a run is resumed, restore the loss too: save loss_func.state_dict() with each "
+    "checkpoint and load it. If S2SD starts here on purpose, ignore this."
+)
 
 
 def param_groups(
@@ -100,6 +111,10 @@ def _ids(parameters: Iterable[Tensor]) -> set[int]:
     return {id(p) for p in parameters}
 
 
+def _alive(refs: Iterable[weakref.ref[Any]]) -> list[Any]:
+    return [it for ref in refs if (it := ref()) is not None]
+
+
 def _held(optimizer: Optimizer) -> set[int]:
     groups = getattr(optimizer, "param_groups", ())  # none while it is being built
     return _ids(p for group in groups for p in group["params"])
@@ -112,11 +127,13 @@ def _rate(group: dict[str, Any], key: str = "lr") -> Any:
 
 
 class OptimizerGuard:
-    """Warn, once each, of three mistakes with the heads' optimizer.
+    """Warn, once each, of mistakes that leave the heads untrained or badly trained.
 
     - The model is stepped and a head is not.
     - The heads' gradients are not cleared between two steps, and the model's are.
     - The heads share a group with proxies, at a rate far above the model's.
+    - The optimizer was restored from a checkpoint and the loss was not.
+    - The model is trained through a loss in ``eval()`` mode.
 
     A hook sees the steps of all torch optimizers, at any learning rate. Version counters and, just
     before a warning, values show the steps of others. Nothing is read from the device in a step
@@ -137,24 +154,28 @@ class OptimizerGuard:
         self._kept: weakref.ref[Tensor] | None = None  # a head's gradient that two steps have used
         self._rates: dict[str, tuple[Any, float]] = {}  # of the model, and of heads with proxies
         self._said: set[str] = set()
+        self._is_new: bool | None = None  # whether the first forward was that of step 0
+        self._in_eval: list[weakref.ref[Tensor]] = []  # leaves that backward in eval() mode reached
 
-    def check(self, heads: dict[str, nn.Module], embeddings: Tensor) -> None:
+    def check(self, heads: dict[str, nn.Module], embeddings: Tensor, counter: Any = None) -> None:
         """Look once, in a training forward whose auxiliary losses have a gradient."""
+        self._in_eval = []
         if is_compiling() or self._done:
             return
+        if self._is_new is None:
+            self._is_new = counter is not None and counter.count == 0
         trained = {n: [p for p in m.parameters() if p.requires_grad] for n, m in heads.items()}
         trained = {name: parameters for name, parameters in trained.items() if parameters}
         self._heads = {name: weakref.ref(module) for name, module in heads.items()}
         for name in trained.keys() - self._start.keys():
             self._start[name] = [(p._version, _local(p).sum()) for p in trained[name]]
-        _watching[id(self)] = self
-        if not _hooks:  # one for all losses
-            _hooks.append(register_optimizer_step_post_hook(_after_step))
+        self._watch()
         before = ((ref(), version) for ref, version in self._leaves)
         model = self._saw_model or any(p is not None and p._version != v for p, v in before)
-        self._leaves = [(weakref.ref(p), p._version) for p in _parameters_behind(embeddings)]
+        self._leaves = [(weakref.ref(p), p._version) for p in parameters_behind(embeddings)]
         self._model_steps += model
         self._steps += model or self._saw_heads
+        self._is_new = self._is_new and not self._steps
         self._saw_model = self._saw_heads = False
         self._check_steps()
         still = [n for n in trained if n not in self._stepped and self._stands(n, trained[n])]
@@ -163,9 +184,44 @@ class OptimizerGuard:
         elif trained and not still and self._steps >= PATIENCE:
             self._stop()
 
+    def check_eval(self, loss: Tensor, embeddings: Tensor, module: nn.Module) -> None:
+        """Watch whether an optimizer steps after a backward through a loss in ``eval()`` mode.
+
+        If all its parameters are frozen, as PML's trainers do it, the mode was chosen on purpose.
+        """
+        if is_compiling() or not loss.requires_grad or IN_EVAL[:40] in self._said:
+            return
+        if {p.requires_grad for p in module.parameters()} == {False}:
+            return
+        leaves = [weakref.ref(p) for p in parameters_behind(embeddings)]
+        this = weakref.ref(self)
+
+        def reached(_: Tensor) -> None:
+            if (guard := this()) is not None:
+                guard._in_eval = leaves
+                guard._watch()
+
+        loss.register_hook(reached)  # type: ignore[no-untyped-call]
+
+    def about_to_step(self, optimizer: Optimizer) -> None:
+        """Before the first step of a new loss: was its optimizer restored from a checkpoint?"""
+        if not self._is_new or optimizer in _stepped:
+            return
+        held = _held(optimizer)
+        heads = [p for m in _alive(self._heads.values()) for p in m.parameters() if id(p) in held]
+        model = [p for p in _alive(ref for ref, _ in self._leaves) if id(p) in held]
+        if any(_has_state(optimizer, p) for p in heads or model):
+            self._warn(RESTORED)
+
     def stepped(self, optimizer: Optimizer) -> None:
         """Note a step of an optimizer, which may be of another model, while the guard watches."""
-        held, leaves = _held(optimizer), [p for ref, _ in self._leaves if (p := ref()) is not None]
+        held, in_eval = _held(optimizer), _alive(self._in_eval)
+        if held & _ids(in_eval) or _sharded(in_eval, optimizer):
+            self._in_eval = []
+            self._warn(IN_EVAL)
+        if self._done:
+            return None if self._in_eval else self._stop()
+        leaves = _alive(ref for ref, _ in self._leaves)
         modules = {name: m for name, ref in self._heads.items() if (m := ref()) is not None}
         self._ids = {name: _ids(m.parameters()) for name, m in modules.items()}
         self._stepped |= {name for name, ids in self._ids.items() if ids & held}
@@ -240,7 +296,13 @@ class OptimizerGuard:
         mistake = text[:40]  # the numbers come later
         if mistake not in self._said:
             self._said.add(mistake)
-            warnings.warn(text, OptimizerWarning, stacklevel=outside())
+            category = S2SDWarning if text in (IN_EVAL, RESTORED) else OptimizerWarning
+            warnings.warn(text, category, stacklevel=outside())
+
+    def _watch(self) -> None:
+        _watching[id(self)] = self
+        if not _hooks:  # for all losses
+            _hooks.extend([before_steps(_before_step), after_steps(_after_step)])
 
     def _stop(self) -> None:
         self._done = True
@@ -251,15 +313,28 @@ class OptimizerGuard:
 
 
 _watching: weakref.WeakValueDictionary[int, OptimizerGuard] = weakref.WeakValueDictionary()
+_stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # in this process, since the first loss
 _hooks: list[Any] = []
 
 
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not is_compiling():
+        for guard in list(_watching.values()):
+            guard.about_to_step(optimizer)
+
+
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if is_compiling():
-        return
-    for ref in _watching.valuerefs():
-        if (guard := ref()) is not None:
+    if not is_compiling():
+        _stepped.add(optimizer)
+        for guard in list(_watching.values()):
             guard.stepped(optimizer)
+
+
+def _has_state(optimizer: Optimizer, parameter: Tensor) -> bool:
+    """Whether it has stepped a parameter. A count on a device is not read: it is not 0 there."""
+    state = optimizer.state.get(parameter, {})
+    step = state.get("step", int("momentum_buffer" in state))
+    return bool(step) if getattr(step, "is_cpu", True) else True
 
 
 def _sharded(leaves: list[Tensor], optimizer: Optimizer) -> bool:
@@ -272,19 +347,3 @@ def _sharded(leaves: list[Tensor], optimizer: Optimizer) -> bool:
 def _local(tensor: Tensor) -> Tensor:
     """Its values, of a DTensor those on this rank."""
     return tensor.to_local().detach() if hasattr(tensor, "to_local") else tensor.detach()
-
-
-def _parameters_behind(embeddings: Tensor) -> list[Tensor]:
-    """The nearest leaves that the embeddings depend on."""
-    queue = deque([embeddings.grad_fn])
-    seen: set[Any] = {None}
-    leaves: list[Tensor] = []
-    while queue and len(seen) < MAX_NODES and len(leaves) < LEAVES:
-        node: Any = queue.popleft()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        queue.extend(child for child, _ in node.next_functions)
-    return leaves

@@ -1,18 +1,20 @@
-"""What becomes of an error that a base loss or its miner raises."""
+"""What becomes of an error that a base loss or its miner raises, and what a loss may return."""
 
 from __future__ import annotations
 
 import re
 import sys
 from collections.abc import Iterable
+from numbers import Real
 from traceback import walk_tb
 from typing import Any
 
 import torch
+from pytorch_metric_learning import losses
 from torch import Tensor, nn
 
 from .cloning import embedding_size_of
-from .errors import BatchError
+from .errors import BatchError, UnsupportedLossError
 from .validation import PML, package_of
 
 # What losses and miners raise for a batch that they do not take.
@@ -62,6 +64,20 @@ def refused(
             return None
     cause = f"{type(error).__name__}: {message or 'an assertion failed'}"
     return BatchError(f"{names} refused {called}. {cause}. {fix}")
+
+
+def check_loss_value(value: Any, loss: nn.Module) -> None:
+    """A base loss returned a scalar: a tensor of one element, or a number."""
+    if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
+        return
+    seen, fix = type(value).__name__, "return the loss alone, as a scalar tensor"
+    if isinstance(value, Tensor):
+        seen, fix = f"tensor of shape {tuple(value.shape)}", "return a scalar, such as its .mean()"
+    elif isinstance(value, dict) and isinstance(loss, losses.BaseMetricLossFunction):
+        fix = "have a reducer that returns a scalar, such as MeanReducer()"
+    elif isinstance(value, (dict, tuple, list)):
+        fix += "; keep anything else as an attribute, such as self.accuracy"
+    raise UnsupportedLossError(f"{type(loss).__name__} returned a {seen}. A base loss must {fix}.")
 
 
 def _buffers(loss: Any) -> list[str]:

@@ -7,6 +7,7 @@ order are passed, and everything else is refused: wrong rows would be a silent m
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,22 @@ def nearest(tensor: Tensor, candidates: list[Tensor], max_nodes: int) -> list[Te
             to_visit += () if place in places else place[0].next_functions
             seen.add(place)
     return [] if to_visit else [c for place, c in places.items() if place in seen]
+
+
+def parameters_behind(tensor: Tensor, max_nodes: int = 400, most: int = 8) -> list[Tensor]:
+    """The nearest leaves of the graph of ``tensor``: the parameters of its last layers."""
+    to_visit = deque([tensor.grad_fn])
+    seen: set[Any] = {None}
+    leaves: list[Tensor] = []
+    while to_visit and len(seen) < max_nodes and len(leaves) < most:
+        node: Any = to_visit.popleft()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        to_visit.extend(child for child, _ in node.next_functions)
+    return leaves
 
 
 class _Walk:

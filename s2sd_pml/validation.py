@@ -21,6 +21,7 @@ from .counter import is_compiling
 from .errors import ArgumentError, BatchError, DistributedError, MissingFeaturesError
 from .errors import UnsupportedLossError as Unsupported
 from .heads import POOLINGS, input_width, is_linear
+from .rows import parameters_behind
 
 PML = "pytorch_metric_learning"
 NO_PAIRS = "Instance Manifold P2SGrad PNP RankedList SelfSupervised VICReg"
@@ -277,6 +278,29 @@ def check_capture(capture: FeatureCapture | None, name: str) -> FeatureCapture:
     return capture
 
 
+def check_one_tower(embeddings: Tensor, ref_emb: Tensor, labels: Tensor | None) -> None:
+    """The references come from the embedder of the embeddings, as far as their graphs show it.
+
+    A shared number, such as CLIP's logit scale, does not make two towers one.
+    """
+    if is_compiling():
+        return
+    last = (parameters_behind(x) for x in (embeddings, ref_emb))
+    own, other = ({id(p) for p in layers if p.ndim > 1} for layers in last)
+    if own and other and not own & other:
+        both, loss = "torch.cat([labels, ref_labels])", ""
+        if labels is None:
+            both, loss = f"torch.arange({len(ref_emb)}).repeat(2)", " a loss that takes labels,"
+        raise BatchError(
+            f"ref_emb of shape {tuple(ref_emb.shape)} comes from another embedder than the "
+            "embeddings: their last layers share no weight. One head would be applied to the "
+            "features of both towers. Stack the towers instead, each with columns of its own: "
+            f"loss_func(torch.cat([embeddings, ref_emb]), {both}, features="
+            f"torch.block_diag(features, ref_features)), built with{loss} feature_dim=<both widths "
+            "together> and feature_distill_weight=0. See 'Two towers' in docs/works-with.md."
+        )
+
+
 def check_rows(features: Any, embeddings: Tensor, name: str) -> None:
     """One row of features for each embedding, on the same device."""
     check_floating(features, name)
@@ -314,20 +338,6 @@ def check_gatherable(world_size: int, indices_tuple: Any, ref_emb: Any) -> None:
         raise DistributedError(f"indices_tuple {seen}. Pass the miner to S2SDLoss instead.")
     if world_size > 1 and ref_emb is not None:
         raise DistributedError(f"ref_emb {seen}. Leave it out, or use gather_distributed=False.")
-
-
-def check_loss_value(value: Any, loss: nn.Module) -> None:
-    """A base loss returned a scalar: a tensor of one element, or a number."""
-    if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
-        return
-    seen, fix = type(value).__name__, "return the loss alone, as a scalar tensor"
-    if isinstance(value, Tensor):
-        seen, fix = f"tensor of shape {tuple(value.shape)}", "return a scalar, such as its .mean()"
-    elif isinstance(value, dict) and isinstance(loss, losses.BaseMetricLossFunction):
-        fix = "have a reducer that returns a scalar, such as MeanReducer()"
-    elif isinstance(value, (dict, tuple, list)):
-        fix += "; keep anything else as an attribute, such as self.accuracy"
-    raise Unsupported(f"{type(loss).__name__} returned a {seen}. A base loss must {fix}.")
 
 
 def package_of(module: str) -> str:

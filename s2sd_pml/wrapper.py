@@ -32,7 +32,11 @@ class LossWrapper(ModuleWithRecords):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.counter = StepCounter()
-        self._register_load_state_dict_pre_hook(rename_step)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # not as a hook of load_state_dict: PML's record keeper walks a module's hooks
+        rename_step(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def step(self) -> int:

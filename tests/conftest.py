@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: fixed seeds and few threads, on the CPU unless asked otherwise."""
+"""Fixtures of the whole suite: fixed seeds, few threads, an empty folder to work in, no GPU."""
 
 import os
 import re
@@ -17,3 +17,17 @@ def pytest_configure(config):
 def _seed():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def _empty_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("working-folder")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(_empty_folder, monkeypatch):
+    """Tests work in an empty folder, and leave nothing there: none sees what another run left."""
+    monkeypatch.chdir(_empty_folder)
+    yield
+    left = list(_empty_folder.iterdir())
+    assert not left, f"written into the working folder: {left}"

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2sd_pml.similarity import cosines
+
 B, F_DIM, D = 24, 12, 6
 CPU_FLOAT16 = pytest.param(
     torch.float16,
@@ -27,6 +29,17 @@ class Model(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.embedder(self.trunk(images).mean(dim=(2, 3)))
+
+
+class Custom(nn.Module):
+    """A loss that does what it is given: the value, or a function of embeddings and labels."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, embeddings, labels, *indices_tuple):
+        return self.value(embeddings, labels) if callable(self.value) else self.value
 
 
 def images(batch: int = B, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -81,3 +94,8 @@ def plain_s2sd(loss_func, embeddings, features_map, labels, step, indices_tuple=
         if gamma_f:
             total = total + gamma_f * plain_kl(features, embeddings, t, e)
     return total
+
+
+def cosine_block(spaces):
+    """The similarity matrices of several spaces, (spaces, B, B)."""
+    return torch.stack([cosines(x) for x in spaces])

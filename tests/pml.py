@@ -116,3 +116,8 @@ def make_miner(name: str) -> nn.Module:
         "DistanceWeightedMiner": {"cutoff": 0.5, "nonzero_loss_cutoff": 1.9},
     }
     return getattr(miners, name)(**arguments.get(name, {}))
+
+
+LOSSES = sorted(set(loss_names()) - FAULTY)
+TAKE_PAIRS = sorted(set(LOSSES) - NO_INDICES_TUPLE)
+TAKE_REFERENCES = sorted(set(LOSSES) - NO_REF_EMB)

@@ -18,6 +18,13 @@ from s2sd_pml import S2SDLoss
 TRAINERS = (
     "MetricLossOnly TrainWithClassifier CascadedEmbeddings TwoStreamMetricLoss StepsTheLosses"
 ).split()
+KINDS: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "no embedder key": {"embedder_key": False},
+    "data parallel": {"parallel": True},
+    "frozen trunk": {"freeze_these": ("trunk",)},
+    "frozen embedder": {"freeze_these": ("embedder",)},
+}
 INPUT, FEATURES, SIZE, CLASSES, ITERATIONS = 6, 12, 6, 10, 4
 LABELS = torch.arange(CLASSES).repeat_interleave(8)
 
@@ -107,6 +114,31 @@ def make_trainer(
         **kwargs,
     )
     return trainer, ours
+
+
+def values(module: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def moved(module: nn.Module, before: list[Tensor]) -> list[bool]:
+    return [not torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True)]
+
+
+def trains_the_heads(name: str, kind: str) -> None:
+    """Two epochs move every parameter, but for those of models that are frozen."""
+    trainer, ours = make_trainer(name, **KINDS[kind])
+    modules = {**ours, **trainer.models}
+    before = {n: values(m) for n, m in modules.items()}
+    trainer.train(num_epochs=2)
+    still = KINDS[kind].get("freeze_these", ())
+    if name == "StepsTheLosses":  # PML: this trainer steps what freeze_these names
+        still = ()
+    for n, module in modules.items():
+        assert all(moved(module, before[n])) == (n not in still), n
+    for loss_func in ours.values():
+        assert int(loss_func.step) == 2 * ITERATIONS
+        assert loss_func.components["distill"] > 0
+        assert loss_func.components["feature_distill"] > 0
 
 
 class Experiment:

@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pml import CLASSES, SIZE
-from pytorch_metric_learning import miners
+from pml import CLASSES, SIZE, make_miner
+from pytorch_metric_learning import losses, miners
 from torch import Tensor, nn
 
 from s2sd_pml import S2SDLoss
 from s2sd_pml.errors import S2SDError
 
 BATCH, FEATURES, DIMS, REFS = CLASSES * 6, 10, (12, 20), CLASSES * 4
+# PML gives these losses masks over the whole matrix of distances.
+BY_ROWS = {"CircleLoss", "GeneralizedLiftedStructureLoss", "MultiSimilarityLoss", "SupConLoss"}
 WITHOUT_LABELS = {"ManifoldLoss", "SelfSupervisedLoss", "VICRegLoss"}
 
 
@@ -147,6 +149,24 @@ def train(
     assert not still, still
     assert all(watched[name] is p for name, p in loss_func.named_parameters())
     return loss_func
+
+
+def in_self_supervised(name: str, symmetric: bool) -> None:
+    loss = losses.SelfSupervisedLoss(getattr(losses, name)(), symmetric=symmetric)
+    train(loss, ref="explicit" if symmetric else "captured")
+
+
+def in_cross_batch_memory(name: str, mined: str) -> None:
+    """With the miner of the memory "inside" it, pairs from "outside", or "no" pairs."""
+    inner = getattr(losses, name)()
+    miner = make_miner("MultiSimilarityMiner") if mined == "inside" else None
+    loss = losses.CrossBatchMemory(inner, SIZE, memory_size=BATCH + 20, miner=miner)
+    loss_func = train(
+        loss, given=mined == "outside", steps=1 if mined == "outside" and name in BY_ROWS else 3
+    )
+    memories = [loss_func.loss, *(b.loss for b in loss_func.branches.values())]
+    assert [m.embedding_memory.shape[1] for m in memories] == [SIZE, *DIMS]
+    assert len({m.queue_idx for m in memories}) == 1
 
 
 def refused(loss: nn.Module, miner: nn.Module | None, error: type[Exception], words: str, **kwargs):

@@ -154,9 +154,14 @@ def installed():
 
 RECIPES = [r for r in config.names() if r.split("-")[0] in ("cub", "cars", "sop")]
 
+BY_DEFAULT = ("cub-r50-128-msim", "cars-ibn-512-msim", "sop-r50-128-margin")  # the others are slow
+
 
 @pytest.mark.skipif(image_sets.datasets is None, reason="PML reads these sets from 2.9 on")
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [r if r in BY_DEFAULT else pytest.param(r, marks=pytest.mark.slow) for r in RECIPES],
+)
 def test_a_recipe_trains_on_a_miniature_tree(recipe, tmp_path):
     """With its own backbone where that is installed, small otherwise; less of everything."""
     dataset = {"cub": "cub200", "cars": "cars196", "sop": "sop"}[recipe.split("-")[0]]

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from helpers import D
+from helpers import D, cosine_block
 from pytorch_metric_learning import losses, miners
 from torch import nn
 
 from s2sd_pml.branches import Batch, Branch, MetricLosses, metric_loss
 from s2sd_pml.errors import BatchError, UnsupportedLossError
-from s2sd_pml.similarity import cosine_block
 
 Y = torch.arange(8) // 2
 PAIRS = tuple(torch.tensor(i) for i in ([0, 2], [1, 3], [0, 2], [5, 6]))

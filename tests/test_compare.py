@@ -27,7 +27,7 @@ def rows(folder):
 
 
 def test_a_grid_is_run_once_grows_and_resumes(tmp_path, capsys):
-    flags = ["--output", str(tmp_path), *TINY, "--methods", "base", "MSD"]
+    flags = ["--output", str(tmp_path), *TINY, "--workers", "1", "--methods", "base", "MSD"]
     compare.main(flags)
     first = rows(tmp_path)
     assert {(r["method"], r["size"], r["seed"]) for r in first} == {
@@ -72,6 +72,7 @@ def test_another_flag_is_another_cell(tmp_path):
     assert all("--baseline-only --epochs 6" in " ".join(entry.cell.flags) for entry in found)
 
 
+@pytest.mark.slow
 def test_embedders_fitted_anew_share_the_training_of_their_trunk(tmp_path):
     methods = ["base", "base, refit", "heads, no KL", "heads, refit", "MSDF, small-data, refit"]
     flags = [
@@ -117,6 +118,7 @@ def test_the_recipe_of_the_library_is_in_the_grid(variant):
     assert args.variant == variant
 
 
+@pytest.mark.slow
 def test_what_serves_all_sizes_is_trained_once_and_teachers_come_first(tmp_path):
     names = ["base", "base 512 + PCA", "nested", "two stages"]
     flags = ["--output", str(tmp_path), *TINY, "--seeds", "0", "--sizes", "8", "16", "128", "256"]

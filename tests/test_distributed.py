@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
-import gc
-import os
-import socket
-import traceback
 import unittest.mock
-import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers import F_DIM, D, Model, images, labels
+from processes import on_ranks
 from pytorch_metric_learning import losses, miners
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,49 +58,6 @@ def steps(model, loss_func, parts, rank, wrap, record):
     record.update({f"grad {n}": p.grad for n, p in named})
     record.update({f"param {n}": p.detach() for n, p in named})
     record["step"] = torch.tensor(loss_func.step)
-
-
-def on_ranks(function, world):
-    """Run ``function(rank)`` on gloo ranks; return what each returned, or raise what one raised."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    processes = [
-        context.Process(target=_on_rank, args=(function, rank, world, port, queue), daemon=True)
-        for rank in range(world)
-    ]
-    for p in processes:
-        p.start()
-    results = dict(queue.get() for _ in processes)
-    for p in processes:
-        p.join(60)
-    if any(p.is_alive() for p in processes):  # as PyTorch's teardown may, pytest need not
-        warnings.warn("a rank that was done did not end within a minute", stacklevel=2)
-    for p in processes:
-        p.kill()
-    assert not any(isinstance(r, str) for r in results.values()), results
-    return [results[rank] for rank in range(world)]
-
-
-def _on_rank(function, rank, world, port, queue):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    warnings.simplefilter("error", S2SDWarning)  # where the loss is wrapped there is none
-    try:
-        dist.init_process_group(
-            "gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
-        )
-        result = function(rank)
-        # numpy, since tensors would share memory with a process that is about to end
-        queue.put((rank, {k: v.numpy().copy() for k, v in result.items()}))
-    except BaseException:  # pytest's own failures are none of Exception
-        queue.put((rank, traceback.format_exc()))
-    finally:
-        gc.collect()  # DDP goes before its process group, see ranks.stop of the examples
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def train_rank(rank, *, plans):

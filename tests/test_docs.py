@@ -1,8 +1,8 @@
-"""README and docs: Python blocks run, links lead somewhere, every public name is there."""
+"""README and docs: code runs, links lead somewhere, every name is there, tables are generated."""
 
-import csv
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,10 @@ import train  # isort: skip
 import s2sd_pml
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+
+import tables  # noqa: E402
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_CODE = set(
     "README.md index.md adopt.md authors-code.md does-it-help.md faq.md features.md "
@@ -119,100 +123,7 @@ def test_the_version_is_in_the_changelog():
     assert f"## [{s2sd_pml.__version__}]" in changelog
 
 
-PCA = "base 512 + PCA"
-
-
-def recalls(name):
-    """Recall@1 in per cent by method, size and seed."""
-    with open(ROOT / "docs" / "results" / f"{name}.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {(r["method"], int(r["size"]), r["seed"]): 100 * float(r["Recall@1"]) for r in rows}
-
-
-def told(one, other, sign=""):
-    """Mean and interval of the difference at the same five seeds, as the page writes it."""
-    (rows, *key), (others, *of) = one, other
-    seeds = "01234"
-    mean, half = compare.interval(rows[(*key, s)] - others[(*of, s)] for s in seeds)
-    return f"{mean:{sign}.1f} ± {half:.1f}"
-
-
-def test_the_differences_between_trunks_are_those_of_the_rows():
-    page = (ROOT / "docs" / "does-it-help.md").read_text(encoding="utf-8")
-    along, heads, base = map(recalls, ("emoji", "ceiling-emoji", "ceiling-emoji-base"))
-    page = page.replace("\n  ", " ")
-    usual, new = "MSDF, small-data", "MSDF, small-data, refit"
-    two_layers, two_layers_new = "MSDF, two layers", "MSDF, two layers, refit"
-    for size in (16, 32, 64, 128):
-        fitted = (heads, "base + KL", size)
-        assert f"{told(fitted, (base, 'base', size))} at {size}" in page
-        assert f"{told(fitted, (along, 'base', size), '+')} at {size}" in page
-        for method in (fitted, (along, usual, size), (along, new, size)):
-            assert told(method, (along, PCA, size)) in page
-        assert f"{told((along, new, size), (along, 'base', size))} at {size}" in page
-    for one, other in [
-        ((heads, "base + KL", 32), (along, "base", 128)),
-        ((along, new, 32), (along, "base", 128)),
-        ((along, new, 32), (along, "base", 64)),
-        ((along, new, 64), (along, "base", 128)),
-    ]:
-        assert f"{told(one, other)} above" in page
-    assert f"{told((along, new, 32), (base, 'base', 32))} at 32" in page
-    assert f"{told((along, new, 64), (along, 'base, refit', 64))} at 64" in page
-    better = told((along, two_layers_new, 32), (heads, "base + KL", 32))
-    assert f"{better} better still at 32" in page
-    assert f"{told((base, 'base', 32), (along, 'base', 32))} points at 32" in page
-
-    two = recalls("emoji-two-per-class")
-    for method in ("base", two_layers):
-        assert told((along, method, 32), (two, method, 32)) in page
-    assert f"{told((two, two_layers_new, 32), (two, 'base, refit', 32))}." in page
-    gained = {
-        (number, s): rows[two_layers, 32, s] - rows["base", 32, s]
-        for number, rows in (("two", two), ("four", along))
-        for s in "01234"
-    }
-    assert f"{told((gained, 'two'), (gained, 'four'))} more than with four" in page
-    for heads, method in (("linear heads, no KL", usual), ("heads, no KL", two_layers)):
-        assert f"{told((along, method, 32), (along, heads, 32))} more" in page
-
-
-def test_the_differences_between_methods_are_those_of_the_rows():
-    page = (ROOT / "docs" / "does-it-help.md").read_text(encoding="utf-8")
-    page = page.replace("\n  ", " ")
-    emoji, icons, msdfa, gpu = map(recalls, ("emoji", "icons-400", "icons-400-msdfa", "emoji-gpu"))
-    recipe, own, two = "MSDF, small-data", "MSDFA, small-data", "MSDF, two layers"
-    four, large, every = (8, 16, 32, 64), (16, 32, 64, 128), (8, 16, 32, 64, 128)
-    taught, untaught = "MSDFA, two layers", "MSDFA, two layers, no KL"
-    for parts in (
-        [told((msdfa, taught, s), (msdfa, untaught, s)) for s in (16, 32, 64)],
-        [told((icons, own, s), (icons, PCA, s)) for s in four],
-        [told((icons, recipe, s), (icons, PCA, s)) for s in four],
-        [told((icons, own, s), (icons, "base", 2 * s), "+") for s in four],
-        [told((icons, recipe, s), (icons, two, s), "+") for s in every],
-        [told((emoji, recipe, s), (emoji, two, s), "+") for s in large],
-        [told((emoji, recipe, s), (emoji, "nested", s)) for s in large],
-    ):
-        assert f"{', '.join(parts[:-1])} and {parts[-1]}" in page
-    copies = recalls("ceiling-icons-400-msdfa")
-    for method in ("heads", "KL, tested images"):
-        parts = [told((copies, method, s), (copies, "base", s)) for s in (16, 32, 64)]
-        assert f"{', '.join(parts[:-1])} and {parts[-1]}" in page
-    stages = told((emoji, recipe, 32), (emoji, "two stages", 32))
-    assert f"the recipe is {stages} above them" in page
-    adds = [told((gpu, f"{recipe}, refit", s), (gpu, "base, refit", s)) for s in (16, 32)]
-    assert f"S2SD adds {adds[0]} at 16 and {adds[1]} at 32 to it" in page
-
-
-def test_the_gains_that_the_readme_tells_are_those_of_the_rows():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("**", "")
-    emoji, icons = recalls("emoji"), recalls("icons-400")
-    for rows, method in [
-        (emoji, "MSDF, small-data"),
-        (emoji, "MSDF, small-data, refit"),
-        (icons, "MSDF, small-data"),
-        (icons, "MSDFA, small-data"),
-    ]:
-        sizes = sorted({size for name, size, _ in rows if name == method})
-        cells = [told((rows, method, size), (rows, "base", size), "+") for size in sizes]
-        assert f"| {' | '.join(cells)} |" in readme
+def test_the_tables_are_those_of_the_result_files():
+    """`python docs/tables.py` writes them."""
+    for path, text in tables.generated().items():
+        assert path.read_text(encoding="utf-8") == text, path

@@ -1,4 +1,4 @@
-"""The emoji data set, made of miniature packages; one slow test fetches the real ones."""
+"""The emoji data set, made of miniature packages; one test fetches the real ones."""
 
 from __future__ import annotations
 
@@ -339,7 +339,7 @@ def test_a_missing_resvg_is_named_before_anything_is_fetched(tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.download
 def test_the_real_packages(tmp_path):
     pytest.importorskip("resvg_py")
     images, labels, names = emoji_set.load(tmp_path)

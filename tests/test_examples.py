@@ -15,7 +15,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")]),
+}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -45,9 +48,10 @@ def read(tmp_path):
 
 
 def command(*arguments):
+    """Run Python in the working folder, which is not the project's; `examples/` is."""
+    paths = [str(ROOT / a) if a.startswith("examples/") else a for a in map(str, arguments)]
     return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
+        [sys.executable, *paths],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -59,6 +63,7 @@ def final(rows, who):
     return {r["metric"]: float(r["value"]) for r in rows if r["run"] == who}
 
 
+@pytest.mark.slow
 def test_the_command_trains_both_prints_the_table_and_writes_everything(tmp_path):
     done = command("examples/train.py", *SMALL, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -74,6 +79,7 @@ def test_the_command_trains_both_prints_the_table_and_writes_everything(tmp_path
     assert config["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_two_ranks_give_what_one_process_gives_and_speak_once(tmp_path):
     uneven = "--batch-size 33 --per-class 3 --feature-distill-delay 1 --lr 3e-4".split()
     uneven += ["--device", "cpu"]
@@ -95,11 +101,10 @@ def test_two_ranks_give_what_one_process_gives_and_speak_once(tmp_path):
         assert float(a["value"]) == pytest.approx(float(b["value"]), **tolerance), a
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_ends_all_and_is_told(tmp_path):
     script = tmp_path / "fail.py"
     script.write_text(
-        "import sys\n"
-        "sys.path.insert(0, 'examples')\n"
         "import ranks, report, train\n"
         "def components(loss_func):\n"
         "    if ranks.rank() == 1:\n"
@@ -115,6 +120,7 @@ def test_an_error_of_one_rank_ends_all_and_is_told(tmp_path):
     assert not (tmp_path / "out" / "metrics.csv").exists()
 
 
+@pytest.mark.slow
 def test_too_small_a_batch_for_the_ranks_is_refused_once(tmp_path):
     flags = ["--batch-size", "1", "--per-class", "1", "--device", "cpu", "--output", tmp_path]
     done = command(*TORCHRUN, "examples/train.py", *flags)

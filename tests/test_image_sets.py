@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 
 import numpy as np
@@ -71,6 +72,22 @@ def test_each_format_trains(tree, tmp_path):
     assert 0 <= final(rows, "base")["Recall@1"] <= 1
     assert (tmp_path / "report.html").exists() == pictures
     assert (tmp_path / "model.pt").exists()
+
+
+@pytest.mark.parametrize("batch", [(), ("--batch-size", "30"), ("--batch-size", "3")])
+def test_few_classes_at_the_default_batch_size_as_the_message_suggests(tmp_path, capsys, batch):
+    small = "--epochs 1 --steps-per-epoch 2 --dims 24 --threads 1 --quiet --no-report".split()
+    flags = [
+        *flags_of("folder", folder(tmp_path / "tree")),
+        *small,
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    with pytest.raises(SystemExit):
+        train.main([*flags, *batch])
+    (fix,) = re.findall(r"use (--batch-size \d+ --per-class \d+)$", capsys.readouterr().err, re.M)
+    train.main([*flags, *fix.split()])
+    assert 0 <= final(read(tmp_path / "o"), "base")["Recall@1"] <= 1
 
 
 def test_the_held_out_classes_are_training_classes(tree):

@@ -21,6 +21,7 @@ RUNS = {
     "accelerate_2": [*ACCELERATE, "examples/accelerate_loop.py"],
     "torchrun_2": [*TORCHRUN, "examples/torchrun_loop.py"],
 }
+BY_DEFAULT = ("plain", "pml_trainer")  # the others are slow
 UNTRAINED = 15.0  # per cent of Recall@1, of a network with these 16 dimensions
 
 
@@ -29,7 +30,10 @@ def _one_thread(monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "OMP_NUM_THREADS", "1")
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in BY_DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in RUNS],
+)
 def test_an_integration_trains_and_says_what_it_reached(name, tmp_path):
     done = command(*(str(a).format(tmp=tmp_path) for a in RUNS[name]), "--epochs", "3")
     assert done.returncode == 0, done.stderr
@@ -38,6 +42,7 @@ def test_an_integration_trains_and_says_what_it_reached(name, tmp_path):
     assert "OptimizerWarning" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_index_is_searched_at_each_size(tmp_path):
     done = command("examples/faiss_search.py", "--epochs", "1", "--copies", "1", "--sizes", 8, 24)
     assert done.returncode == 0, done.stderr
@@ -46,6 +51,7 @@ def test_the_index_is_searched_at_each_size(tmp_path):
     assert 3 < small < large
 
 
+@pytest.mark.slow
 def test_an_exported_model_is_searched(tmp_path):
     flags = "--epochs 1 --steps-per-epoch 2 --batch-size 16 --dims 24 --threads 1 --quiet".split()
     path = tmp_path / "model.pt"
@@ -57,6 +63,7 @@ def test_an_exported_model_is_searched(tmp_path):
 
 
 @pytest.mark.skipif(torch.__version__ < "2.4", reason="transformers needs torch 2.4")
+@pytest.mark.slow
 def test_a_text_encoder_learns():
     flags = ["--steps", "20", "--test-classes", "60"]
     done = command("examples/sentence_embeddings.py", *flags)
@@ -82,6 +89,7 @@ def test_what_is_added_to_a_loop_is_marked_and_short(path):
     assert any("add_to" in line for line in added)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(EXAMPLES)]))
     notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from pml_trainers import ITERATIONS, TRAINERS, make_trainer
+from pml_trainers import (
+    ITERATIONS,
+    KINDS,
+    TRAINERS,
+    make_trainer,
+    moved,
+    trains_the_heads,
+    values,
+)
 from pytorch_metric_learning.utils import common_functions as c_f
 
 from s2sd_pml.errors import OptimizerWarning
@@ -10,39 +18,16 @@ from s2sd_pml.optimizer import LATE
 
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor")
 SUBSETS = ["MetricLossOnly", "TrainWithClassifier"]
-KINDS = {
-    "usual": {},
-    "no embedder key": {"embedder_key": False},
-    "data parallel": {"parallel": True},
-    "frozen trunk": {"freeze_these": ("trunk",)},
-    "frozen embedder": {"freeze_these": ("embedder",)},
-}
-
-
-def values(module):
-    return [p.detach().clone() for p in module.parameters()]
-
-
-def moved(module, before):
-    return [not torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True)]
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_trainer_trains_the_heads(name, kind):
-    trainer, ours = make_trainer(name, **KINDS[kind])
-    modules = {**ours, **trainer.models}
-    before = {n: values(m) for n, m in modules.items()}
-    trainer.train(num_epochs=2)
-    still = KINDS[kind].get("freeze_these", ())
-    if name == "StepsTheLosses":  # PML: this trainer steps what freeze_these names
-        still = ()
-    for n, module in modules.items():
-        assert all(moved(module, before[n])) == (n not in still), n
-    for loss_func in ours.values():
-        assert int(loss_func.step) == 2 * ITERATIONS
-        assert loss_func.components["distill"] > 0
-        assert loss_func.components["feature_distill"] > 0
+def test_every_trainer_trains_the_heads(name):
+    trains_the_heads(name, "usual")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "usual"])
+def test_a_trainer_trains_the_heads_of_other_models(kind):
+    trains_the_heads("TrainWithClassifier", kind)
 
 
 @pytest.mark.parametrize("name", SUBSETS)

@@ -40,7 +40,6 @@ STEPS = 6
 # and renaming, or after it.
 KILL = """
 import os, signal, sys
-sys.path.insert(0, "examples")
 import checkpoint, torch, train
 moment, writes = sys.argv.pop(1), int(sys.argv.pop(1))
 count = 0
@@ -111,13 +110,18 @@ def metrics(folder):
 
 
 @pytest.mark.parametrize(
-    ("moment", "write"), [("after", 2), ("middle", 9), ("rename", STEPS + 2), ("before", 11)]
+    ("moment", "write"),
+    [
+        ("middle", 9),
+        pytest.param("after", 2, marks=pytest.mark.slow),
+        pytest.param("rename", STEPS + 2, marks=pytest.mark.slow),
+        pytest.param("before", 11, marks=pytest.mark.slow),
+    ],
 )
 def test_the_trainer_killed_and_resumed(uninterrupted, tmp_path, moment, write):
     command = [sys.executable, "-c", KILL, moment, str(write), *FLAGS, "--output", str(tmp_path)]
-    killed = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
-    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
+    killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "metrics.csv").exists()
     main(tmp_path, "--resume")
@@ -149,11 +153,19 @@ def foreign(file):
     torch.save({"state_dict": {}}, file)
 
 
+def empty(file):
+    file.write_bytes(b"")
+
+
+def slow(damage):
+    return pytest.param(damage, marks=pytest.mark.slow)
+
+
 def code(file):
     torch.save({"kind": checkpoint.KIND, "states": os.path.join}, file)
 
 
-@pytest.mark.parametrize("damage", [cut, flip, foreign, code, lambda file: file.write_bytes(b"")])
+@pytest.mark.parametrize("damage", [cut, code, slow(flip), slow(foreign), slow(empty)])
 def test_a_damaged_or_foreign_file_is_named_and_the_one_before_it_used(
     uninterrupted, tmp_path, damage
 ):
@@ -270,7 +282,9 @@ def killed(path, make):
 
 
 @pytest.mark.skipif(torch.__version__ < "2.4", reason="no GradScaler or float16 for the CPU before")
-@pytest.mark.parametrize("make", [None, memory], ids=["proxies", "memory"])
+@pytest.mark.parametrize(
+    "make", [None, pytest.param(memory, marks=pytest.mark.slow)], ids=["proxies", "memory"]
+)
 def test_a_loop_of_ones_own_killed_while_it_saves_and_resumed(tmp_path, make):
     whole = loop(tmp_path / "whole.pt", 6, loss=make and make())
     process = mp.get_context("spawn").Process(target=killed, args=(tmp_path / "cut.pt", make))

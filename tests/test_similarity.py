@@ -3,13 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import cosine_block
 from torch.utils.flop_counter import FlopCounterMode
 
-from s2sd_pml.similarity import _Gram, cosines, full_precision, unit_rows
-
-
-def cosine_block(spaces):
-    return torch.stack([cosines(x) for x in spaces])
+from s2sd_pml.similarity import (
+    BLOCK,
+    _Gram,
+    cosines,
+    full_precision,
+    similarities,
+    unit_rows,
+)
 
 
 def spaces(*widths, dtype=torch.float64):
@@ -90,3 +94,21 @@ def test_zero_rows_are_similar_to_nothing():
     assert not block[0, :, 1].any()
     block.sum().backward()
     assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("batch", [BLOCK, BLOCK + 1, 2 * BLOCK + 77])
+def test_half_of_a_large_symmetric_product_is_computed(batch):
+    x = torch.randn(batch, 3, dtype=torch.float64)
+    torch.testing.assert_close(cosines(x), plain(x), rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_teachers_are_the_other_spaces_in_order_detached(others):
+    given = spaces(3, 9, 4)
+    more = [torch.randn(len(given[0]), 2, dtype=given[0].dtype) for _ in range(others)]
+    found = similarities(given, more)
+    assert found.student is not found.spaces
+    torch.testing.assert_close(found.student, plain(given[0]))
+    torch.testing.assert_close(found.spaces, torch.stack([plain(x) for x in given]))
+    torch.testing.assert_close(found.teachers, torch.stack([plain(x) for x in given[1:] + more]))
+    assert not found.teachers.requires_grad

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from helpers import F_DIM, D, plain_s2sd
+from helpers import F_DIM, D, cosine_block, plain_s2sd
 from hypothesis import given, settings
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
@@ -210,8 +210,10 @@ def test_the_list_names_every_setting_of_every_part():
 
 
 def mined_masks(loss, miner, spaces, y):
-    block = torch.stack([miner.distance(x.detach()) for x in spaces])
-    return stacking._mined(miner, block, y)
+    blocks = [miner.distance(x.detach()) for x in spaces]
+    pairs = stacking._pairs(loss, blocks[0], y, None)
+    masks = [stacking._mined(miner, block, *pairs) for block in blocks]
+    return tuple(torch.stack(kind) for kind in zip(*masks, strict=True))
 
 
 @pytest.mark.parametrize("epsilon", [-0.1, 0.0, 0.1, 3.0])
@@ -247,7 +249,7 @@ def test_a_space_with_a_single_mined_pair_is_none_and_its_neighbour_is_not_touch
 def test_known_cosines_are_used_for_cosine_similarity_alone():
     y, spaces = torch.arange(8) // 2, draw_spaces(8, [3, 4])
     other = draw_spaces(8, [5, 6])
-    known = stacking.cosine_block(other)
+    known = cosine_block(other)
     for distance, of in (
         (distances.CosineSimilarity(), other),
         (distances.CosineSimilarity(power=2), spaces),
@@ -256,13 +258,11 @@ def test_known_cosines_are_used_for_cosine_similarity_alone():
         (distances.LpDistance(), spaces),
     ):
         loss = losses.NTXentLoss(distance=distance)
-        found = stacked_losses([loss] * 2, [None] * 2, spaces, y, cosines=known)
+        found = stacked_losses([loss] * 2, [None] * 2, spaces, y, block=known)
         torch.testing.assert_close(found, pml(loss, None, of, y), **EXACT)
     miner = miners.MultiSimilarityMiner(distance=distances.LpDistance())
     loss = losses.MultiSimilarityLoss()
-    found = stacked_losses(
-        [loss] * 2, [miner] * 2, spaces, y, cosines=stacking.cosine_block(spaces)
-    )
+    found = stacked_losses([loss] * 2, [miner] * 2, spaces, y, block=cosine_block(spaces))
     torch.testing.assert_close(found, pml(loss, miner, spaces, y), **EXACT)
 
 
@@ -722,3 +722,15 @@ def test_layers_and_other_losses_are_not_stackable():
     assert stackable([losses.NTXentLoss()] * 2, [None] * 2)
     assert not stackable([losses.NTXentLoss(), losses.SupConLoss()], [None] * 2)
     assert not stackable([losses.SupConLoss(), losses.NTXentLoss()], [None] * 2)
+
+
+@pytest.mark.parametrize("mined", [False, True])
+@pytest.mark.parametrize("kind", stacking.ROW_LOSSES)
+def test_rows_in_pieces_that_fit_the_cache_are_the_same(kind, mined, monkeypatch):
+    if mined and kind is not losses.MultiSimilarityLoss:
+        pytest.skip("is not mined for all spaces at once")
+    loss, miner = kind(), miners.MultiSimilarityMiner() if mined else None
+    y, spaces = torch.arange(14) // 3, draw_spaces(14, [3, 4, 5])
+    monkeypatch.setattr(stacking, "CACHED", 14 * 4)  # four rows, across the borders of spaces
+    found = stacked_losses([loss] * 3, [miner] * 3, spaces, y)
+    torch.testing.assert_close(found, pml(loss, miner, spaces, y), **EXACT)

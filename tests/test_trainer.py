@@ -50,7 +50,7 @@ def parameters(content, part="model"):
 # ---- how the parameters move
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_mixed_precision_trains(tmp_path, amp):
     if amp == "fp16" and not hasattr(torch.amp, "GradScaler"):
         pytest.skip("no GradScaler for the CPU in this PyTorch")
@@ -124,7 +124,8 @@ def test_the_tested_and_exported_model_is_the_moving_average(tmp_path):
     assert_same(dict(exported), {name: averaged[name] for name in exported})
 
 
-def test_the_compiled_trunk_gives_the_same_numbers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("variant", ["msdf", pytest.param("msdfa", marks=pytest.mark.slow)])
+def test_the_compiled_trunk_gives_the_same_numbers(tmp_path, monkeypatch, variant):
     calls = []
     original = torch.compile
 
@@ -133,14 +134,12 @@ def test_the_compiled_trunk_gives_the_same_numbers(tmp_path, monkeypatch):
         return original(function, backend="eager")
 
     monkeypatch.setattr(torch, "compile", compiled)
-    for variant in ("msdf", "msdfa"):
-        flags = ["--variant", variant, "--feature-distill-delay", 0]
-        plain = main(tmp_path / variant, *flags)
-        fast = main(tmp_path / f"{variant} compiled", *flags, "--compile")
-        assert len(calls) == 2
-        for who in ("base", "S2SD"):
-            assert final(fast, who)["loss"] == pytest.approx(final(plain, who)["loss"], rel=1e-4)
-        calls.clear()
+    flags = ["--variant", variant, "--feature-distill-delay", 0]
+    plain = main(tmp_path / "plain", *flags)
+    fast = main(tmp_path / "compiled", *flags, "--compile")
+    assert len(calls) == 2
+    for who in ("base", "S2SD"):
+        assert final(fast, who)["loss"] == pytest.approx(final(plain, who)["loss"], rel=1e-4)
 
 
 def test_what_was_trained_in_another_layout_is_exported_all_the_same(tmp_path):
@@ -272,7 +271,6 @@ def test_the_epoch_is_chosen_on_held_out_classes(tmp_path, monkeypatch):
 
 INTERRUPT = """
 import os, signal, sys
-sys.path.insert(0, "examples")
 import ranks, report, train
 number, rank, calls = int(sys.argv.pop(1)), int(sys.argv.pop(1)), int(sys.argv.pop(1))
 original, count = report.components, 0
@@ -290,7 +288,10 @@ LONG = "--epochs 2 --steps-per-epoch 3 --batch-size 16 --dims 24 32 --threads 1 
 
 @pytest.mark.parametrize(
     ("number", "calls", "run", "step"),
-    [(signal.SIGINT, 2, "base", 2), (signal.SIGTERM, 10, "S2SD", 4)],
+    [
+        (signal.SIGINT, 2, "base", 2),
+        pytest.param(signal.SIGTERM, 10, "S2SD", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_ctrl_c_ends_with_a_checkpoint_from_which_the_run_goes_on(
     tmp_path, number, calls, run, step
@@ -383,6 +384,7 @@ def test_a_second_ctrl_c_ends_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_ends_all_at_the_same_step(tmp_path):
     script = tmp_path / "interrupt.py"
     script.write_text(INTERRUPT)
@@ -425,7 +427,7 @@ def test_the_configuration_of_a_run_repeats_it(tmp_path):
     assert content["command"] == shlex.join(sys.argv)
     assert not {"output", "resume", "recipe"} & set(content)
     assert content["steps_per_epoch"] == 3
-    out = ["--output", str(tmp_path / "b")]
+    out = ["--no-report", "--output", str(tmp_path / "b")]
     train.main(["--config", str(tmp_path / "a" / "config.json"), *out])
     again = read(tmp_path / "b")
     assert [{**r, "seconds": 0} for r in first] == [{**r, "seconds": 0} for r in again]
@@ -533,6 +535,7 @@ def test_tensorboard_gets_the_metrics(tmp_path):
             assert scalars == [(step, pytest.approx(value)) for step, value in expected]
 
 
+@pytest.mark.slow
 def test_tensorboard_of_a_resumed_run_is_whole_and_of_a_new_one_new(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

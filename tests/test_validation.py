@@ -1,21 +1,19 @@
 """Bad arguments and batches are refused: the message has the offending value and a fix."""
 
 import copy
-import pickle
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import Model, images
-from pytorch_metric_learning import distances, losses, miners, reducers
+from helpers import Custom, Model, images
+from pytorch_metric_learning import losses, miners, reducers
 from pytorch_metric_learning.utils.distributed import (
     DistributedLossWrapper,
     DistributedMinerWrapper,
 )
 from torch import nn
 
-from s2sd_pml import S2SDLoss, validation
+from s2sd_pml import S2SDLoss, refusals, validation
 from s2sd_pml.errors import (
     ArgumentError,
     BatchError,
@@ -307,107 +305,6 @@ def test_a_weight_of_a_schedule_is_refused_with_its_step():
         loss_func(LINEAR(torch.randn(8, 12)), torch.arange(8) // 2)
 
 
-# --- attributes -------------------------------------------------------------------------------
-
-
-def proxies_loss(**kwargs):
-    settings = {"feature_dim": 12, "head_dims": (8, 9), **kwargs}
-    return S2SDLoss(losses.ProxyAnchorLoss(4, 6), **settings)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("head_dims", (64,)),
-        ("feature_dim", 13),
-        ("embedder", LINEAR),
-        ("trunk", CONV),
-        ("head", nn.Linear),
-        ("embedding_size", 7),
-    ],
-)
-def test_what_the_loss_was_built_for_cannot_be_assigned(name, value):
-    loss_func = proxies_loss()
-    before = repr(loss_func)
-    with pytest.raises(ArgumentError, match=rf"{name}=.*cannot be assigned.*\(..., {name}=...\)"):
-        setattr(loss_func, name, value)
-    assert repr(loss_func) == before
-    with pytest.raises(ArgumentError, match=name):
-        setattr(pickle.loads(pickle.dumps(loss_func)), name, value)
-    # as suggested
-    assert repr(proxies_loss(**{name: value})).startswith("S2SDLoss")
-
-
-def test_the_printout_has_every_setting():
-    given = {
-        "feature_dim": 12,
-        "head_dims": (8, 9),
-        "distill_weight": 3.0,
-        "temperature": 0.25,
-        "feature_distill_weight": 4.0,
-        "feature_distill_delay": 77,
-        "pooling": "avg+max",
-        "exclude_self": True,
-        "chunk_size": 5,
-        "gather_distributed": True,
-    }
-    lines = repr(S2SDLoss(LOSS, **given)).replace("\n", " ")
-    for name, value in given.items():
-        assert f"{name}={value!r}" in lines
-
-
-def test_attributes_of_the_base_loss_are_reached():
-    proxy, arc = proxies_loss(), S2SDLoss(losses.ArcFaceLoss(4, 6), feature_dim=12, head_dims=(8,))
-    assert proxy.proxies is proxy.loss.proxies
-    assert proxy.num_classes == 4
-    assert arc.W is arc.loss.W
-    assert arc.get_logits(torch.randn(3, 6)).shape == (3, 4)
-    assert arc.head_dims == (8,)  # its own come first
-    assert {n for n, _ in arc.named_parameters() if n.count(".") == 1} == {"loss.W"}
-
-
-def test_attributes_that_nobody_has_name_the_base_loss():
-    loss_func = proxies_loss()
-    with pytest.raises(AttributeError, match=r"no 'W'.*loss_func\.loss.*ProxyAnchorLoss"):
-        _ = loss_func.W
-    assert not hasattr(loss_func, "_load_from_nothing")
-    assert getattr(loss_func, "no_such", None) is None
-    with pytest.raises(AttributeError, match="'_hidden'") as caught:
-        _ = loss_func._hidden
-    assert "loss_func.loss" not in str(caught.value)
-
-
-def test_initialisers_and_frameworks_see_no_weight_of_the_base_loss():
-    class Weighted(losses.ContrastiveLoss):
-        def __init__(self):
-            super().__init__()
-            self.weight, self.bias, self.module = torch.ones(3), torch.ones(3), self.reducer
-
-        def reset_parameters(self):
-            raise AssertionError("called")
-
-    loss_func = S2SDLoss(Weighted(), feature_dim=12, head_dims=(8,))
-    for name in ("weight", "bias", "reset_parameters", "init_weights", "module"):
-        assert not hasattr(loss_func, name)
-    with pytest.raises(AttributeError, match=r"no 'weight'\. Use loss_func\.loss\.weight"):
-        _ = loss_func.weight
-    assert loss_func.loss.weight.shape == (3,)  # as suggested
-
-
-@pytest.mark.parametrize(
-    "copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
-)
-def test_copies_have_their_own_base_loss(copied):
-    loss_func = proxies_loss()
-    other = copied(loss_func)
-    assert other.head_dims == (8, 9)
-    assert other.proxies is other.loss.proxies
-    torch.testing.assert_close(other.proxies, loss_func.proxies)
-    blank = S2SDLoss.__new__(S2SDLoss)  # before __init__, as copy and pickle have it
-    for name in ("loss", "proxies", "head_dims", "_modules"):
-        assert not hasattr(blank, name)
-
-
 def test_checks_and_attributes_are_compiled_without_a_graph_break():
     loss_func = S2SDLoss(LOSS, feature_dim=12, head_dims=(8,), feature_distill_weight=lambda s: 2.0)
 
@@ -417,7 +314,7 @@ def test_checks_and_attributes_are_compiled_without_a_graph_break():
             validation.check_batch(embeddings, labels, None, None, self.loss)
             validation.check_rows(embeddings, embeddings, "features")
             value = embeddings.sum() * validation.weight_at("w", self.feature_distill_weight, 3)
-            validation.check_loss_value(value, self.loss)
+            refusals.check_loss_value(value, self.loss)
             self.components = {"base": value.detach()}
             return value * len(self.head_dims) * self.distance.p
 
@@ -537,17 +434,6 @@ def test_ref_emb_where_the_loss_takes_none(wrapper):
         loss_func(X, Y, features=PHI, ref_emb=X, ref_labels=Y, ref_features=PHI)
 
 
-class Custom(nn.Module):
-    """A loss that does what it is given: the value, or a function of embeddings and labels."""
-
-    def __init__(self, value):
-        super().__init__()
-        self.value = value
-
-    def forward(self, embeddings, labels, *indices_tuple):
-        return self.value(embeddings, labels) if callable(self.value) else self.value
-
-
 def custom(value, **kwargs):
     return S2SDLoss(Custom(value), feature_dim=12, head_dims=(8,), **kwargs)
 
@@ -618,69 +504,6 @@ def test_losses_of_pml_take_one_class_for_each_sample(loss):
     assert loss_func(X, torch.ones(8, 5).argmax(1), features=PHI).isfinite()
 
 
-class Breaks:
-    """Raises an error of its own, as custom code does."""
-
-    def __init__(self, error):
-        self.error = error
-
-    def __call__(self, *args, **kwargs):
-        raise self.error
-
-
-class BrokenDistance(distances.LpDistance):
-    def compute_mat(self, *args):
-        raise KeyError("mine")
-
-
-class BrokenLoss(losses.ContrastiveLoss):
-    def compute_loss(self, *args):
-        return self.margin
-
-
-class BrokenMiner(miners.BaseMiner):
-    def mine(self, *args):
-        raise ValueError("mine")
-
-    def output_assertion(self, output):
-        pass
-
-
-CUSTOM_ERRORS = {
-    "attribute": ((Custom(lambda z, y: z.margin),), AttributeError, "margin"),
-    "value": ((Custom(Breaks(ValueError("mine"))),), ValueError, "^mine"),
-    "type": ((Custom(Breaks(TypeError("mine"))),), TypeError, "^mine"),
-    "runtime": ((Custom(Breaks(RuntimeError("mine"))),), RuntimeError, "^mine"),
-    "torch": ((Custom(lambda z, y: z @ z),), RuntimeError, "cannot be multiplied"),
-    "subclass": ((BrokenLoss(),), AttributeError, "margin"),
-    "inside": ((losses.MultipleLosses([BrokenLoss()]),), AttributeError, "margin"),
-    "distance": ((losses.ContrastiveLoss(distance=BrokenDistance()),), KeyError, "mine"),
-    "miner": ((losses.ContrastiveLoss(), BrokenMiner()), ValueError, "^mine"),
-}
-
-
-@pytest.mark.parametrize("case", CUSTOM_ERRORS)
-def test_errors_of_custom_code_stay_as_they_are_with_a_note(case):
-    parts, kind, words = CUSTOM_ERRORS[case]
-    loss_func = S2SDLoss(*parts, feature_dim=12, head_dims=(8,))
-    with pytest.raises(kind, match=words) as caught:
-        loss_func(X, Y, features=PHI)
-    assert type(caught.value) is kind
-    if sys.version_info >= (3, 11):
-        (note,) = caught.value.__notes__
-        assert note.startswith(f"Raised in {type(parts[0]).__name__}")
-        assert "embeddings (8, 6), labels (8,) torch.int64" in note
-
-
-def test_what_pml_refuses_in_a_subclass_is_a_batch_error():
-    class Mine(losses.ArcFaceLoss):
-        pass
-
-    loss_func = S2SDLoss(Mine(2, 6), feature_dim=12, head_dims=(8,))
-    with pytest.raises(BatchError, match="Mine refused embeddings"):
-        loss_func(X, Y, features=PHI)
-
-
 def test_a_loss_that_returns_a_number_still_has_a_graph():
     class Nothing(nn.Module):
         def forward(self, embeddings, labels):
@@ -705,43 +528,6 @@ def test_a_momentum_encoders_references_need_their_features():
     without_heads = S2SDLoss(loss, embedder=model.embedder, head_dims=(), feature_distill_delay=0)
     without_heads(model(x), ref_emb=references).backward()  # no head projects them
     assert without_heads.components["feature_distill"] > 0
-
-
-def test_a_custom_loss_with_centres_of_one_size_is_refused_with_the_fix():
-    class Centres(nn.Module):
-        def __init__(self, size=6):
-            super().__init__()
-            self.register_buffer("centres", torch.randn(4, size))
-
-        def forward(self, embeddings, labels):
-            return ((embeddings - self.centres[labels]) ** 2).mean()
-
-    class Greedy(Centres):
-        def forward(self, embeddings, labels):
-            return torch.empty(10**15)
-
-    with pytest.raises(RuntimeError, match="memory"):  # not an error of the batch
-        S2SDLoss(Greedy(), feature_dim=12, head_dims=(8,))(X, Y, features=PHI)
-    with pytest.raises(BatchError, match=r"buffers \(centres\).*factory dim -> loss"):
-        S2SDLoss(Centres(), feature_dim=12, head_dims=(8,))(X, Y, features=PHI)
-    loss_func = S2SDLoss(lambda dim: Centres(dim), feature_dim=12, head_dims=(8,), embedding_size=6)
-    assert loss_func(X, Y, features=PHI).isfinite()
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        losses.ProxyAnchorLoss(2, 6),
-        losses.ArcFaceLoss(2, 6),
-        losses.MarginLoss(num_classes=2, learn_beta=True),
-    ],
-    ids=lambda loss: type(loss).__name__,
-)
-def test_labels_beyond_the_classes_are_refused_with_what_was_passed_only(loss):
-    loss_func = S2SDLoss(loss, feature_dim=12, head_dims=(8,))
-    with pytest.raises(BatchError, match=type(loss).__name__) as caught:
-        loss_func(X, Y, features=PHI)
-    assert "indices_tuple" not in str(caught.value)
 
 
 def test_a_head_of_the_wrong_width():

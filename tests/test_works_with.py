@@ -186,7 +186,15 @@ def test_a_compiled_model_without_graph_break_with_explicit_features():
 
 
 @pytest.mark.skipif(torch.__version__ < "2.2", reason="an internal error of torch.compile")
-@pytest.mark.parametrize("settings", [{}, {"distill_weight": 0.0, "feature_distill_weight": 0.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param(
+            {"distill_weight": 0.0, "feature_distill_weight": 0.0}, marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_a_compiled_loss_gives_the_same(settings):
     """Captured features break the graph, where they are read."""
     torch._dynamo.reset()
@@ -196,7 +204,7 @@ def test_a_compiled_loss_gives_the_same(settings):
     torch.compile(loss_func, backend="eager")(model(x), labels()).backward()
     assert_same_gradients(plain, compiled)
     torch._dynamo.reset()
-    assert 0 < torch._dynamo.explain(loss_func)(model(x), labels()).graph_break_count <= 3
+    assert 0 < torch._dynamo.explain(loss_func)(model(x), labels()).graph_break_count <= 5
 
 
 @pytest.mark.skipif(torch.__version__ < "2.2", reason="an internal error of torch.compile")

@@ -1,0 +1,112 @@
+"""S2SDLoss from outside: its printout, its attributes and those of the base loss, its copies."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from pytorch_metric_learning import losses
+from torch import nn
+
+from s2sd_pml import S2SDLoss
+from s2sd_pml.errors import ArgumentError
+
+LOSS, LINEAR, CONV = losses.TripletMarginLoss(), nn.Linear(12, 6), nn.Conv2d(3, 12, 1)
+
+
+def proxies_loss(**kwargs):
+    settings = {"feature_dim": 12, "head_dims": (8, 9), **kwargs}
+    return S2SDLoss(losses.ProxyAnchorLoss(4, 6), **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("head_dims", (64,)),
+        ("feature_dim", 13),
+        ("embedder", LINEAR),
+        ("trunk", CONV),
+        ("head", nn.Linear),
+        ("embedding_size", 7),
+    ],
+)
+def test_what_the_loss_was_built_for_cannot_be_assigned(name, value):
+    loss_func = proxies_loss()
+    before = repr(loss_func)
+    with pytest.raises(ArgumentError, match=rf"{name}=.*cannot be assigned.*\(..., {name}=...\)"):
+        setattr(loss_func, name, value)
+    assert repr(loss_func) == before
+    with pytest.raises(ArgumentError, match=name):
+        setattr(pickle.loads(pickle.dumps(loss_func)), name, value)
+    # as suggested
+    assert repr(proxies_loss(**{name: value})).startswith("S2SDLoss")
+
+
+def test_the_printout_has_every_setting():
+    given = {
+        "feature_dim": 12,
+        "head_dims": (8, 9),
+        "distill_weight": 3.0,
+        "temperature": 0.25,
+        "feature_distill_weight": 4.0,
+        "feature_distill_delay": 77,
+        "pooling": "avg+max",
+        "exclude_self": True,
+        "chunk_size": 5,
+        "gather_distributed": True,
+    }
+    lines = repr(S2SDLoss(LOSS, **given)).replace("\n", " ")
+    for name, value in given.items():
+        assert f"{name}={value!r}" in lines
+
+
+def test_attributes_of_the_base_loss_are_reached():
+    proxy, arc = proxies_loss(), S2SDLoss(losses.ArcFaceLoss(4, 6), feature_dim=12, head_dims=(8,))
+    assert proxy.proxies is proxy.loss.proxies
+    assert proxy.num_classes == 4
+    assert arc.W is arc.loss.W
+    assert arc.get_logits(torch.randn(3, 6)).shape == (3, 4)
+    assert arc.head_dims == (8,)  # its own come first
+    assert {n for n, _ in arc.named_parameters() if n.count(".") == 1} == {"loss.W"}
+
+
+def test_attributes_that_nobody_has_name_the_base_loss():
+    loss_func = proxies_loss()
+    with pytest.raises(AttributeError, match=r"no 'W'.*loss_func\.loss.*ProxyAnchorLoss"):
+        _ = loss_func.W
+    assert not hasattr(loss_func, "_load_from_nothing")
+    assert getattr(loss_func, "no_such", None) is None
+    with pytest.raises(AttributeError, match="'_hidden'") as caught:
+        _ = loss_func._hidden
+    assert "loss_func.loss" not in str(caught.value)
+
+
+def test_initialisers_and_frameworks_see_no_weight_of_the_base_loss():
+    class Weighted(losses.ContrastiveLoss):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias, self.module = torch.ones(3), torch.ones(3), self.reducer
+
+        def reset_parameters(self):
+            raise AssertionError("called")
+
+    loss_func = S2SDLoss(Weighted(), feature_dim=12, head_dims=(8,))
+    for name in ("weight", "bias", "reset_parameters", "init_weights", "module"):
+        assert not hasattr(loss_func, name)
+    with pytest.raises(AttributeError, match=r"no 'weight'\. Use loss_func\.loss\.weight"):
+        _ = loss_func.weight
+    assert loss_func.loss.weight.shape == (3,)  # as suggested
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_copies_have_their_own_base_loss(copied):
+    loss_func = proxies_loss()
+    other = copied(loss_func)
+    assert other.head_dims == (8, 9)
+    assert other.proxies is other.loss.proxies
+    torch.testing.assert_close(other.proxies, loss_func.proxies)
+    blank = S2SDLoss.__new__(S2SDLoss)  # before __init__, as copy and pickle have it
+    for name in ("loss", "proxies", "head_dims", "_modules"):
+        assert not hasattr(blank, name)
