@@ -144,7 +144,7 @@ def box(ax: Axes, x: float, y: float, text: str, colour: str, dashed: bool = Fal
 
 
 def loss(ax: Axes, y: float, text: str, colour: str) -> None:
-    """A metric-learning loss, beside the line that feeds it."""
+    """A metric-learning loss, next to the line that feeds it."""
     wire(ax, [(PSI, y), (PSI, y + 0.58), (LOSS - 0.36, y + 0.58)], colour, head=False)
     ax.add_patch(Circle((LOSS, y + 0.58), 0.36, fc=colour, ec="none", zorder=3))
     label(ax, LOSS, y + 0.57, text, 18, "white", zorder=4)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(HERE.parent / "tests" / "benchmarks"))
 from harness import cell  # noqa: E402
 
 PAGE = HERE / "performance.md"
-BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- result: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BASE, OURS, CHUNKS, PLAIN = "#7f7f7f", "#1f77b4", "#17becf", "#ff7f0e"
 SHOWN = {  # of each result: the heading of a column, and what it shows
     "loss-step": {
@@ -92,7 +92,7 @@ def filled(text: str, row: dict[str, Any]) -> str:
 
 
 def rewritten(page: str) -> str:
-    """The page with its tables written anew."""
+    """The page with its tables rewritten."""
     return BLOCK.sub(lambda m: f"{m[1]}\n{table(m[2])}\n{m[3]}", page)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .errors import BatchError
-from .similarity import full_precision, similarities, unit_rows
+from .similarity import cosines, full_precision, unit_rows
 from .validation import check_positive, check_whole
+
+Options = tuple[int, float, bool]  # of log_relations: first row, temperature, exclude_self
 
 
 def relation_kl(
@@ -96,32 +98,39 @@ def rows_kl(
 ) -> Tensor:
     """``relation_kl`` over the rows from start to stop, each against the whole batch."""
     start, stop = rows
-    options = (temperature, exclude_self)
     with torch.autocast(student.device.type, enabled=False):
         student = full_precision(student)
         teachers = [t.detach().to(student.dtype) for t in teachers]
         if not teachers:
             return student.new_zeros(0)
         if chunk_size is None or chunk_size >= stop - start:
-            S = similarities([student], teachers)
-            return similarity_kl(S.student[start:stop], S.teachers[:, start:stop], start, *options)
+            options = (start, temperature, exclude_self)
+            matrices = (cosines(t)[start:stop] for t in teachers)
+            log_student = log_relations(cosines(student)[start:stop], *options)
+            return one_by_one(log_student, matrices, options) / (stop - start)
         unit = unit_rows(student)
         scales = [1 / t.norm(dim=1).clamp_min(1e-12) for t in teachers]
 
         def chunk_kl(first: int, unit: Tensor) -> Tensor:
+            options = (first, temperature, exclude_self)
             own = slice(first, min(first + chunk_size, stop))
-            log_student = log_relations(unit[own] @ unit.T, first, *options)
-            parts = []
-            for t, scale in zip(teachers, scales, strict=True):  # one matrix at a time
-                cosines = (t[own] @ t.T).mul_(scale[own, None]).mul_(scale)
-                parts.append(divergence(log_student, log_relations(cosines, first, *options)))
-            return temperature**2 * torch.stack(parts)
+            matrices = (
+                (t[own] @ t.T).mul_(scale[own, None]).mul_(scale)
+                for t, scale in zip(teachers, scales, strict=True)
+            )
+            return one_by_one(log_relations(unit[own] @ unit.T, *options), matrices, options)
 
         total = student.new_zeros(len(teachers))
         for first in range(start, stop, chunk_size):
             part = checkpoint(chunk_kl, first, unit, use_reentrant=False, preserve_rng_state=False)
             total = total + part
         return total / (stop - start)
+
+
+def one_by_one(log_student: Tensor, teachers: Iterable[Tensor], options: Options) -> Tensor:
+    """The sum over rows in place of the mean of ``similarity_kl``, with few matrices at a time."""
+    each = [divergence(log_student, log_relations(t, *options)) for t in teachers]
+    return options[1] ** 2 * torch.stack(each)
 
 
 def similarity_kl(
@@ -135,7 +144,6 @@ def similarity_kl(
         first: which row of the whole matrix the first one is; row i has its own sample in column
             first + i.
     """
-
     log_student = log_relations(student, first, temperature, exclude_self)
     log_teachers = log_relations(teachers.detach(), first, temperature, exclude_self)
     return temperature**2 / len(student) * divergence(log_student, log_teachers)

@@ -78,7 +78,7 @@ def test_launches_are_operations_that_do_work():
     def work():
         (x.T @ x[:, 1:].relu()).add(x[:, 1:])
 
-    # PyTorch 2.1 tells times in whole microseconds, so a part may seem to stand beside its whole
+    # PyTorch 2.1 rounds times to whole microseconds, so a part may seem to be outside of its whole
     assert min(launches(work, "cpu") for _ in range(20)) == 3
 
 

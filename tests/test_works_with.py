@@ -197,7 +197,7 @@ def test_a_compiled_loss_gives_the_same(settings):
     torch.compile(loss_func, backend="eager")(model(x), labels()).backward()
     assert_same_gradients(plain, compiled)
     torch._dynamo.reset()
-    assert 0 < torch._dynamo.explain(loss_func)(model(x), labels()).graph_break_count <= 4
+    assert 0 < torch._dynamo.explain(loss_func)(model(x), labels()).graph_break_count <= 5
 
 
 @pytest.mark.skipif(torch.__version__ < "2.2", reason="an internal error of torch.compile")
