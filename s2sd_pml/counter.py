@@ -26,7 +26,7 @@ class StepCounter(nn.Module):
         self.register_buffer("_compiled", torch.tensor(0), persistent=False)
 
     def tick(self) -> None:
-        if is_compiling():
+        if is_compiling() or self._uses_compiled:  # another eager number would compile anew
             self._uses_compiled = True
             self._compiled.add_(1)
         else:

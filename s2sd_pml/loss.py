@@ -66,8 +66,8 @@ class S2SDLoss(Variants, LossWrapper):
         step: training forwards so far, saved and restored with the state_dict.
         capture: the FeatureCapture in use, or None. Assign one after unpickling a loss.
 
-    Public attributes of the base loss, such as ``proxies``, ``W`` or ``get_logits``, can be read
-    here too. Settings can be assigned between steps, but ``head_dims`` and ``feature_dim``.
+    Public attributes of the base loss (``proxies``, ``get_logits``) can be read here too. Settings
+    can be assigned between steps, all but ``head_dims`` and ``feature_dim``.
 
     Raises:
         S2SDError: a subclass, whose message reports the offending value and suggests a fix.
@@ -87,12 +87,7 @@ class S2SDLoss(Variants, LossWrapper):
         >>> loss_func = loss_func.add_to(optimizer)
         >>> embeddings = embedder(trunk(torch.randn(12, 20)))
         >>> loss_func(embeddings, torch.arange(12) % 3).backward()
-        >>> sorted(loss_func.project(torch.randn(5, 32)))
-        [64, 128]
     """
-
-    loss: nn.Module
-    miner: nn.Module | None
 
     def __init__(
         self,
@@ -115,13 +110,11 @@ class S2SDLoss(Variants, LossWrapper):
         embedding_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.distill_weight = distill_weight
-        self.temperature = temperature
+        self.distill_weight, self.temperature = distill_weight, temperature
         self.feature_distill_weight = plain(feature_distill_weight)
         self.feature_distill_delay = feature_distill_delay
         self.pooling = Unowned(pooling) if isinstance(pooling, nn.Module) else pooling
-        self.exclude_self = exclude_self
-        self.chunk_size = chunk_size
+        self.exclude_self, self.chunk_size = exclude_self, chunk_size
         self.gather_distributed = gather_distributed
         self.head_dims = validation.check_head_dims(head_dims)
         validation.check_settings(self)
@@ -199,7 +192,7 @@ class S2SDLoss(Variants, LossWrapper):
         with torch.autocast(ψ.device.type, enabled=False):
             S = self._similarities(ψ, g, φ)
             L = self._metric_losses(S, batch)
-            KL = gather.mean(self._relation_kl(S, ψ, [*g, *φ], gather.own_rows))
+            KL = gather.mean(self._relation_kl(S, [ψ, *g, *φ], gather.own_rows))
             loss = (L[0] + L[1:].mean()) / 2 + γ * KL[:m].mean() if g else L[0]
             loss = loss + γ_f * KL[m] if φ else loss
 
@@ -245,15 +238,15 @@ class S2SDLoss(Variants, LossWrapper):
         return MetricLosses([of.loss for of in every], [of.miner for of in every])
 
     def _weight(self, name: str) -> float:
-        weight = getattr(self, name)
-        return validation.weight_at(name, weight, self.step if callable(weight) else 0)
+        schedule = getattr(self, name)
+        return validation.weight_at(name, schedule, self.step if callable(schedule) else 0)
 
     def _base_loss_alone(self, batch: Batch) -> Tensor:
         """The loss of the embeddings, as without S2SD."""
-        (embeddings,), (ref_emb,), labels, indices_tuple, ref_labels = batch
-        validation.check_batch(embeddings, labels, indices_tuple, ref_emb, self.loss)
-        arguments = (embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        loss = metric_loss(self.loss, self.miner, *arguments)
+        (embeddings,), (ref_emb,), labels, pairs, ref_labels = batch
+        validation.check_batch(embeddings, labels, pairs, ref_emb, self.loss)
+        others = labels, pairs, ref_emb, ref_labels
+        loss = metric_loss(self.loss, self.miner, embeddings, *others)
         if self._distils:
             self._guard.check_eval(loss, embeddings, self)
         self._record(loss.detach().reshape(1), loss.new_zeros(0))
@@ -326,20 +319,15 @@ class S2SDLoss(Variants, LossWrapper):
         return self._losses.one_by_one(batch)
 
     def _relation_kl(
-        self,
-        S: Similarities | None,
-        ψ: Tensor,
-        teachers: list[Tensor],
-        own_rows: tuple[int, int] | None,
+        self, S: Similarities | None, spaces: list[Tensor], rows: tuple[int, int] | None
     ) -> Tensor:
-        """KL(teacher -> ψ) of every teacher, over this rank's rows."""
-        start, stop = own_rows or (0, len(ψ))
+        """KL(teacher -> ψ) of all spaces but the first, ψ, over this rank's rows."""
+        a, b = rows or (0, len(spaces[0]))
         softmax = (self.temperature, self.exclude_self)
         if S is None:
-            kl = rows_kl(ψ, teachers, (start, stop), *softmax, self.chunk_size)
+            kl = rows_kl(spaces[0], spaces[1:], (a, b), *softmax, self.chunk_size)
         else:
-            rows = S.student[start:stop], S.teachers[:, start:stop]
-            kl = similarity_kl(*rows, start, *softmax)
+            kl = similarity_kl(S.student[a:b], S.teachers[:, a:b], a, *softmax)
         if is_compiling() and len(kl) > len(self.head_dims):
             kl = torch.cat([kl[:-1], kl[-1:] * self._begun])
         return kl

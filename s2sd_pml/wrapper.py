@@ -27,6 +27,8 @@ SETTINGS = (
 class LossWrapper(ModuleWithRecords):  # type: ignore[misc]
     """A module that shows the public attributes of the base loss, ``self.loss``, as its own."""
 
+    loss: nn.Module
+    miner: nn.Module | None
     branches: UnrecordedModuleDict
 
     def __init__(self) -> None:

@@ -141,3 +141,15 @@ def test_the_step_has_no_precision(change):
     getattr(loss_func, change)()
     assert loss_func.step == 70_001
     assert loss_func.state_dict()[KEY] == 70_001
+
+
+def test_eager_steps_after_compiled_ones_leave_the_number_that_is_compiled_in(monkeypatch):
+    counter = StepCounter()
+    counter.count = 5
+    monkeypatch.setattr("s2sd_pml.counter.is_compiling", lambda: True)
+    counter.tick()
+    monkeypatch.undo()
+    for _ in range(3):
+        counter.tick()
+    assert counter._eager == 5  # another would compile the loss anew
+    assert counter.count == 9
