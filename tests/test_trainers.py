@@ -169,6 +169,7 @@ def test_trainer_with_the_loss_inside_resumes_as_if_uninterrupted(transformers, 
         torch.testing.assert_close(dict(trained[1].named_parameters())[name], value)
 
 
+@pytest.mark.slow
 def test_the_example_of_hugging_faces_trainer_learns_and_resumes(transformers, tmp_path):
     reached = []
     for flags in (["--epochs", "2"], ["--epochs", "4", "--resume"]):
@@ -251,6 +252,7 @@ def test_sentence_transformers_that_resumes_without_the_loss_warns(example, tmp_
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
+@pytest.mark.slow
 def test_the_example_of_sentence_transformers_runs(example, tmp_path):
     done = command("examples/sentence_transformers_trainer.py", "--output", tmp_path, "--steps", 2)
     assert done.returncode == 0, done.stderr
