@@ -52,7 +52,7 @@ class StepCounter(nn.Module):
         self.count = int(state)
 
 
-def rename_step(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def rename_step(state_dict: dict[str, Any], prefix: str) -> None:
     """Before a state_dict is loaded: former ones hold the step in a buffer of that name."""
     if f"{prefix}step" in state_dict:
         state_dict[f"{prefix}counter._extra_state"] = state_dict.pop(f"{prefix}step")

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import sys
 
 import numpy as np
@@ -336,6 +337,27 @@ def test_what_the_loss_was_built_for_cannot_be_assigned(name, value):
         setattr(pickle.loads(pickle.dumps(loss_func)), name, value)
     # as suggested
     assert repr(proxies_loss(**{name: value})).startswith("S2SDLoss")
+
+
+def test_attributes_of_the_base_losses_are_assigned_to_each():
+    loss_func = S2SDLoss(losses.ContrastiveLoss(), feature_dim=12, head_dims=(8, 9))
+    with pytest.raises(
+        ArgumentError, match="pos_margin=0.5 would not reach the base loss"
+    ) as caught:
+        loss_func.pos_margin = 0.5
+    (fix,) = re.findall("each: (.*)", str(caught.value))
+    exec(fix, {"loss_func": loss_func})
+    every = [loss_func.loss, *(branch.loss for branch in loss_func.branches.values())]
+    assert [loss.pos_margin for loss in every] == [0.5] * 3
+    loss_func.note = "of the user's own"
+
+
+def test_a_base_loss_with_names_of_ours_is_taken():
+    memory = losses.CrossBatchMemory(losses.ContrastiveLoss(), 6, miner=miners.BatchHardMiner())
+    loss_func = S2SDLoss(memory, feature_dim=12, head_dims=(8,))
+    copy.deepcopy(loss_func).miner = None
+    assert loss_func.miner is None
+    assert loss_func.loss.miner is not None
 
 
 def test_the_printout_has_every_setting():
