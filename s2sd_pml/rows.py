@@ -138,7 +138,8 @@ class _Walk:
                 if len(known) < len(sources):
                     raise UnfollowableError(
                         f"{len(sources) - len(known)} of the {len(sources)} parts that were "
-                        "concatenated to these embeddings have no captured features."
+                        "concatenated to these embeddings have no captured features: they have no "
+                        "graph or come from another embedder (docs/works-with.md, 'Two towers')."
                     )
                 return torch.cat(known)
             if (different := len({id(s) for s in known})) > 1:
