@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from pytorch_metric_learning import losses
+from pytorch_metric_learning import losses, miners
 from torch import nn
 
 from s2sd_pml import S2SDLoss
