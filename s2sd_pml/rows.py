@@ -220,7 +220,7 @@ def _index(node: Any, source: Tensor) -> Tensor | None:
 
 
 def _acts_on_rows(node: Any) -> bool:
-    """Whether the operation acts on dimension 0; True if it does not tell."""
+    """Whether the operation acts on dimension 0; True if that is not known."""
     if node.name().startswith("Permute"):
         return _from_zero(node._saved_dims[0], len(node._saved_dims)) != 0
     dims = _dimensions(node)
