@@ -99,7 +99,7 @@ class FeatureCapture:
         """
         fix = f"Pass {name}=... to the loss."
         if embeddings.grad_fn is None:
-            whose, hint = "The embeddings", "For evaluation call loss_func.eval() first. "
+            whose, hint = "The embeddings", "To evaluate, use loss_func.eval() or torch.no_grad(). "
             if name == "ref_features":
                 whose, hint = "The reference embeddings, ref_emb,", ""
             raise MissingFeaturesError(

@@ -48,8 +48,8 @@ class Gather:
     def agreement(self, embeddings: Any, labels: Any, loss: Any) -> Iterator[None]:
         """Check this rank's batch within; at the end all ranks go on, or none.
 
-        A rank that refuses its batch would leave the others waiting for it. So the ranks tell each
-        other how they fared, how many rows they hold (they may differ), and what must be the same.
+        A rank that refuses its batch would leave the others waiting for it. So the ranks exchange
+        whether they accept it, how many rows they hold (which may differ), and what must be equal.
 
         Raises:
             DistributedError: on the ranks that found nothing wrong themselves.
@@ -66,14 +66,14 @@ class Gather:
             raise
         types = [TYPES.index(x if x is None else x.dtype) for x in (embeddings, labels)]
         own = [1, *embeddings.shape, *types, loss.step, self._print]
-        told = [r.tolist() for r in _all_gather(message.new_tensor(own), self.world_size)]
-        if failed := [str(rank) for rank, (fine, *_) in enumerate(told) if not fine]:
+        reports = [r.tolist() for r in _all_gather(message.new_tensor(own), self.world_size)]
+        if failed := [str(rank) for rank, (fine, *_) in enumerate(reports) if not fine]:
             raise DistributedError(
                 f"This rank's batch is fine, but rank {', '.join(failed)} of {self.world_size} "
-                "refused its own. The error raised there tells why."
+                "refused its own. See the error raised there."
             )
         for name, values in zip(
-            MUST_AGREE, zip(*(t[2:-1] for t in told), strict=True), strict=True
+            MUST_AGREE, zip(*(t[2:-1] for t in reports), strict=True), strict=True
         ):
             if len(set(values)) > 1:
                 seen = [TYPES[v] for v in values] if "type" in name else list(values)
@@ -81,15 +81,15 @@ class Gather:
                     f"The ranks differ in {name}: {seen}, in rank order. Call the loss "
                     "with the same model and at the same step on all of them."
                 )
-        if len({t[-1] for t in told}) > 1:
+        if len({t[-1] for t in reports}) > 1:
             warnings.warn(
                 f"The parameters of heads and losses differ between the {self.world_size} ranks, "
-                "so the heads' embeddings of the global batch are not of one space. Mend: wrap "
+                "so the heads' embeddings of the global batch are not of one space. Wrap "
                 "the loss as the model is, DistributedDataParallel(loss_func).",
                 S2SDWarning,
                 stacklevel=outside(),
             )
-        self.sizes = [rows for _, rows, *_ in told]
+        self.sizes = [rows for _, rows, *_ in reports]
         rank = dist.get_rank()
         start = sum(self.sizes[:rank])
         self.own_rows = (start, start + self.sizes[rank])
@@ -142,7 +142,7 @@ class Gather:
 
 
 def fingerprint(parameters: Iterable[Tensor]) -> int:
-    """A number that tells apart what differs in a single bit, but for chance.
+    """A number that differs, but for chance, where a single bit does.
 
     The bits are added up as whole numbers, which no order of summation rounds.
     """

@@ -58,7 +58,7 @@ class S2SDLoss(Variants, LossWrapper):
         exclude_self: leave each sample's similarity to itself out of the softmaxes.
         chunk_size: rows of the similarity matrices held at once; None: all.
         gather_distributed: the batch is the global one, of all ranks of torch.distributed.
-        embedding_size: D. Needed only for a factory where ``embedder`` does not tell it.
+        embedding_size: D. Needed only for a factory, where ``embedder`` does not end in nn.Linear.
 
     Attributes:
         components: after forward, detached scalars: "base", "aux", "distill", "feature_distill"

@@ -193,7 +193,7 @@ class OptimizerGuard:
             return
         if {p.requires_grad for p in module.parameters()} == {False}:
             return
-        leaves = [weakref.ref(p) for p in parameters_behind(embeddings)]
+        leaves = [weakref.ref(p) for p in parameters_behind(embeddings, most=2)]  # no generator's
         this = weakref.ref(self)
 
         def reached(_: Tensor) -> None:

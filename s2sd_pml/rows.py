@@ -138,7 +138,8 @@ class _Walk:
                 if len(known) < len(sources):
                     raise UnfollowableError(
                         f"{len(sources) - len(known)} of the {len(sources)} parts that were "
-                        "concatenated to these embeddings have no captured features."
+                        "concatenated to these embeddings have no captured features: they have no "
+                        "graph or come from another embedder (docs/works-with.md, 'Two towers')."
                     )
                 return torch.cat(known)
             if (different := len({id(s) for s in known})) > 1:
@@ -219,7 +220,7 @@ def _index(node: Any, source: Tensor) -> Tensor | None:
 
 
 def _acts_on_rows(node: Any) -> bool:
-    """Whether the operation acts on dimension 0; True if it does not tell."""
+    """Whether the operation acts on dimension 0; True if that is not known."""
     if node.name().startswith("Permute"):
         return _from_zero(node._saved_dims[0], len(node._saved_dims)) != 0
     dims = _dimensions(node)

@@ -109,8 +109,8 @@ def agrees_with_pml(loss: Any, miner: Any) -> bool:
     def with_gradients(values: Sequence[Tensor]) -> list[Tensor]:
         return [*values, *torch.autograd.grad(values[0] + 2 * values[1], spaces)]
 
-    # A loss may be built under no_grad, or on the meta device.
-    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+    # A loss may be built under no_grad (which the first one ends, too), or on the meta device.
+    with torch.inference_mode(False), torch.device("cpu"):
         loss, miner = copy.deepcopy(loss), copy.deepcopy(miner)
         labels = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3])
         numbers = [torch.arange(8.0 * d, dtype=torch.float64).view(8, d) for d in (3, 5)]

@@ -26,8 +26,6 @@ from .rows import parameters_behind
 PML = "pytorch_metric_learning"
 NO_PAIRS = "Instance Manifold P2SGrad PNP RankedList SelfSupervised VICReg"
 LOSSES_WITHOUT_PAIRS = tuple(getattr(losses, f"{name}Loss") for name in NO_PAIRS.split())
-FIXED = ("head_dims", "feature_dim", "matryoshka_dims")
-ONLY_AT_CONSTRUCTION = ("embedder", "trunk", "head", "embedding_size")
 LAYERS = (nn.Linear, nn.Sequential, nn.modules.conv._ConvNd)
 
 
@@ -85,15 +83,6 @@ def check_head_dims(dims: Sequence[int], name: str = "head_dims") -> tuple[int, 
             "Use neighbouring ones, such as (512, 513)."
         )
     return tuple(int(d) for d in given)
-
-
-def check_assignable(loss_func: nn.Module, name: str, value: object) -> None:
-    """An attribute that is not fixed when the loss is built."""
-    if name in ONLY_AT_CONSTRUCTION or (name in FIXED and name in loss_func.__dict__):
-        raise ArgumentError(
-            f"{name}={value!r} cannot be assigned: the loss is built for the {name} it was given. "
-            f"Build a new one, S2SDLoss(..., {name}=...)."
-        )
 
 
 def check_parts(loss: Any, miner: Any, embedder: Any, trunk: Any, head: Any) -> None:

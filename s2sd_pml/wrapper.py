@@ -10,14 +10,16 @@ from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
 from torch import nn
 
 from .counter import StepCounter, rename_step
+from .errors import ArgumentError
 from .optimizer import add_to, param_groups
-from .validation import check_assignable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 # What frameworks look for on a module to initialise or unwrap it: never the base loss's.
 NOT_FORWARDED = ("weight", "bias", "reset_parameters", "init_weights", "module")
+FIXED = ("head_dims", "feature_dim", "matryoshka_dims")
+ONLY_AT_CONSTRUCTION = ("embedder", "trunk", "head", "embedding_size")
 SETTINGS = (
     "feature_dim head_dims distill_weight temperature feature_distill_weight feature_distill_delay "
     "pooling exclude_self chunk_size gather_distributed"
@@ -113,6 +115,23 @@ class LossWrapper(ModuleWithRecords):  # type: ignore[misc]
                     f"{type(base).__name__}."
                 ) from error
             return getattr(base, name)
+
+
+def check_assignable(loss_func: nn.Module, name: str, value: Any) -> None:
+    """An attribute that is not fixed when the loss is built, and is not the base loss's own."""
+    held = {**loss_func.__dict__, **loss_func.__dict__.get("_modules", {})}
+    if name in ONLY_AT_CONSTRUCTION or (name in FIXED and name in held):
+        raise ArgumentError(
+            f"{name}={value!r} cannot be assigned: the loss is built for the {name} it was given. "
+            f"Build a new one, S2SDLoss(..., {name}=...)."
+        )
+    if "_guard" not in held or name in held or name.startswith("_"):  # under construction, or ours
+        return
+    if hasattr(held["loss"], name) and not hasattr(type(loss_func), name):
+        raise ArgumentError(
+            f"{name}={value!r} would not reach the base losses, which have it. Assign it to "
+            f"each: for m in [loss_func, *loss_func.branches.values()]: m.loss.{name} = {value!r}"
+        )
 
 
 class UnrecordedModuleDict(nn.ModuleDict):

@@ -132,6 +132,10 @@ def test_the_step_of_compiled_forwards_adds_up(monkeypatch):
     counter.count = 2
     assert counter.count == 2
     assert not counter.has_reached(3)
+    monkeypatch.setattr("s2sd_pml.counter.is_compiling", lambda: True)
+    counter.tick()
+    assert [bool(counter.has_reached(step)) for step in (3, 4)] == [True, False]
+    assert counter.count == 3
 
 
 @pytest.mark.parametrize("change", ["half", "double", "bfloat16"])

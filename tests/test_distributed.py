@@ -152,7 +152,7 @@ def unwrapped_rank(rank):
     return {}
 
 
-def test_heads_that_are_trained_apart_are_told():
+def test_heads_that_are_trained_apart_give_a_warning():
     on_ranks(unwrapped_rank, 2)
 
 

@@ -161,6 +161,20 @@ def test_validation_with_gradients_is_silent(way, caught):
     assert not caught
 
 
+def test_what_is_trained_before_the_model_through_its_eval_loss_is_silent(caught):
+    """Adversarial inputs, or a generator: the model itself is not stepped."""
+    model, loss_func = make()
+    noise = torch.nn.Parameter(torch.zeros(24, 3, 4, 4))
+    inputs = torch.optim.SGD([noise], lr=0.1)
+    optimizer = torch.optim.AdamW([*model.parameters(), *loss_func.parameters()])
+    for _ in range(7):
+        loss_func.eval()(model(images() + noise), labels()).backward()
+        inputs.step()
+        loss_func.train()
+        loop(model, loss_func, optimizer)
+    assert not caught
+
+
 @pytest.mark.parametrize("how", ["frozen", "its base loss", "no S2SD in it"])
 def test_training_with_the_base_loss_on_purpose_is_silent(how, caught):
     """As ``freeze_these=("metric_loss",)`` of PML's trainers, and as the message suggests."""

@@ -163,6 +163,7 @@ def test_no_grad_in_training_mode_with_features_does_not_count():
         f = model.trunk(images(dtype=torch.float64)).mean(dim=(2, 3))
         value = loss_func(model.embedder(f), labels(), features=f)
     assert torch.isfinite(value)
+    assert loss_func.components["aux"] > 0
     assert int(loss_func.step) == 0
 
 

@@ -1,5 +1,6 @@
 """What a training step costs: reads that wait for the device, operations, one compiled graph."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pytorch_metric_learning import distances, losses, miners
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2sd_pml import S2SDLoss
+from s2sd_pml.similarity import cosine_block
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
@@ -148,6 +150,23 @@ def test_operations_over_those_of_the_base_loss(case):
     assert launches(step, "cpu") < bound * alone
 
 
+@pytest.mark.parametrize(("chunk_size", "blocks"), [(None, 1), (5, 0)])
+def test_similarities_are_computed_once_or_in_chunks(chunk_size, blocks, monkeypatch):
+    shapes = []
+
+    def counted(spaces):
+        shapes.append(len(spaces))
+        return cosine_block(spaces)
+
+    for module in ("loss", "stacking", "functional"):
+        monkeypatch.setattr(f"s2sd_pml.{module}.cosine_block", counted)
+    kwargs = {"feature_dim": F_DIM, "head_dims": DIMS, "feature_distill_delay": 0}
+    loss = losses.MultiSimilarityLoss(distance=distances.LpDistance())
+    loss_func = S2SDLoss(loss, chunk_size=chunk_size, **kwargs)
+    loss_func(torch.randn(B, D), Y, features=torch.randn(B, F_DIM))
+    assert shapes == [len(DIMS) + 2] * blocks
+
+
 # --- compiled -------------------------------------------------------------------------------------
 
 compiles = pytest.mark.skipif(torch.__version__ < "2.4", reason="fullgraph works from there on")
@@ -204,6 +223,18 @@ def test_compiled_in_one_graph_it_is_the_same(mined, kwargs):
     assert first.step == 7  # eager steps go on counting
     second.load_state_dict(first.state_dict())
     assert second.step == 7
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"feature_distill_weight": 0}, {"head_dims": ()}])
+def test_what_is_compiled_is_the_same_as_it_stands(kwargs, monkeypatch):
+    """The way of a compiled forward, run eagerly: the step is a tensor there."""
+    kwargs = {"feature_dim": F_DIM, "head_dims": (5, 7), "feature_distill_delay": 2, **kwargs}
+    first = S2SDLoss(*ms(), **kwargs).double()
+    second = copy.deepcopy(first)
+    want = trained(first, first, 4)
+    for module in ("loss", "counter", "validation"):
+        monkeypatch.setattr(f"s2sd_pml.{module}.is_compiling", lambda: True)
+    torch.testing.assert_close(trained(second, second, 4), want, rtol=1e-12, atol=1e-12)
 
 
 @compiles

@@ -246,6 +246,18 @@ def test_a_space_with_a_single_mined_pair_is_none_and_its_neighbour_is_not_touch
         torch.testing.assert_close(found, pml(loss, miner, spaces, y), **EXACT)
 
 
+@pytest.mark.parametrize("bounds", [{"low": 0.25}, {"high": 0.25}, {"low": 0.25, "high": 0.5}])
+def test_a_value_at_the_threshold_is_left_out(bounds):
+    """All rows are the same, so that each triplet costs the margin, exactly."""
+    loss = losses.TripletMarginLoss(margin=0.25, reducer=reducers.ThresholdReducer(**bounds))
+    spaces = [torch.ones(6, width, dtype=torch.float64) for width in (2, 3)]
+    found = stacked_losses([loss] * 2, [None] * 2, spaces, torch.arange(6) // 2)
+    assert found.tolist() == [0, 0] == pml(loss, None, spaces, torch.arange(6) // 2).tolist()
+    loss = losses.TripletMarginLoss(margin=0.25, reducer=reducers.ThresholdReducer(0.2, 0.3))
+    found = stacked_losses([loss] * 2, [None] * 2, spaces, torch.arange(6) // 2)
+    assert found.tolist() == [0.25, 0.25]
+
+
 def test_known_cosines_are_used_for_cosine_similarity_alone():
     y, spaces = torch.arange(8) // 2, draw_spaces(8, [3, 4])
     other = draw_spaces(8, [5, 6])
@@ -558,7 +570,11 @@ def test_a_loss_whose_stats_are_collected_is_called_itself(calls):
 
 
 def test_triplets_drawn_at_random_are_drawn_for_each_space(calls):
-    loss_func = make(losses.TripletMarginLoss(triplets_per_anchor=3), feature_distill_delay=0)
+    loss = losses.TripletMarginLoss(triplets_per_anchor=3)
+    assert not stackable([loss] * 2, [None] * 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", S2SDWarning)
+        loss_func = make(loss, feature_distill_delay=0)
     y, embeddings, features = batch(torch.arange(12) // 3)
     torch.manual_seed(5)
     want = plain_s2sd(loss_func, embeddings, features, y, 0)

@@ -2,10 +2,11 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
-from pytorch_metric_learning import losses
+from pytorch_metric_learning import losses, miners
 from torch import nn
 
 from s2sd_pml import S2SDLoss
@@ -110,3 +111,24 @@ def test_copies_have_their_own_base_loss(copied):
     blank = S2SDLoss.__new__(S2SDLoss)  # before __init__, as copy and pickle have it
     for name in ("loss", "proxies", "head_dims", "_modules"):
         assert not hasattr(blank, name)
+
+
+def test_attributes_of_the_base_losses_are_assigned_to_each():
+    loss_func = S2SDLoss(losses.ContrastiveLoss(), feature_dim=12, head_dims=(8, 9))
+    with pytest.raises(
+        ArgumentError, match="pos_margin=0.5 would not reach the base loss"
+    ) as caught:
+        loss_func.pos_margin = 0.5
+    (fix,) = re.findall("each: (.*)", str(caught.value))
+    exec(fix, {"loss_func": loss_func})
+    every = [loss_func.loss, *(branch.loss for branch in loss_func.branches.values())]
+    assert [loss.pos_margin for loss in every] == [0.5] * 3
+    loss_func.note = "of the user's own"
+
+
+def test_a_base_loss_with_names_of_ours_is_taken():
+    memory = losses.CrossBatchMemory(losses.ContrastiveLoss(), 6, miner=miners.BatchHardMiner())
+    loss_func = S2SDLoss(memory, feature_dim=12, head_dims=(8,))
+    copy.deepcopy(loss_func).miner = None
+    assert loss_func.miner is None
+    assert loss_func.loss.miner is not None
