@@ -12,7 +12,7 @@ from pytorch_metric_learning import distances, losses, miners
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2sd_pml import S2SDLoss
-from s2sd_pml.similarity import cosine_block
+from s2sd_pml.similarity import cosines
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
@@ -150,21 +150,21 @@ def test_operations_over_those_of_the_base_loss(case):
     assert launches(step, "cpu") < bound * alone
 
 
-@pytest.mark.parametrize(("chunk_size", "blocks"), [(None, 1), (5, 0)])
-def test_similarities_are_computed_once_or_in_chunks(chunk_size, blocks, monkeypatch):
+@pytest.mark.parametrize(("chunk_size", "matrices"), [(None, len(DIMS) + 2), (5, 0)])
+def test_similarities_are_computed_once_or_in_chunks(chunk_size, matrices, monkeypatch):
     shapes = []
 
-    def counted(spaces):
-        shapes.append(len(spaces))
-        return cosine_block(spaces)
+    def counted(x):
+        shapes.append(x.shape)
+        return cosines(x)
 
-    for module in ("loss", "stacking", "functional"):
-        monkeypatch.setattr(f"s2sd_pml.{module}.cosine_block", counted)
+    for module in ("similarity", "stacking"):
+        monkeypatch.setattr(f"s2sd_pml.{module}.cosines", counted)
     kwargs = {"feature_dim": F_DIM, "head_dims": DIMS, "feature_distill_delay": 0}
     loss = losses.MultiSimilarityLoss(distance=distances.LpDistance())
     loss_func = S2SDLoss(loss, chunk_size=chunk_size, **kwargs)
     loss_func(torch.randn(B, D), Y, features=torch.randn(B, F_DIM))
-    assert shapes == [len(DIMS) + 2] * blocks
+    assert len(shapes) == matrices
 
 
 # --- compiled -------------------------------------------------------------------------------------
