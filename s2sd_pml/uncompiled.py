@@ -1,4 +1,4 @@
-"""Keep torch.compile out of what some releases of it get wrong."""
+"""Keep torch.compile out of what it cannot trace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 def uncompiled(function: F) -> F:
     """The function, run as it is where torch.compile would trace it.
 
-    PyTorch 2.11 gives an autograd Function that writes to ``out=`` a gradient of zero, silently.
     Marked at the first call, for ``torch.compiler`` takes a second to import.
     """
     marked: list[Callable[..., Any]] = []

@@ -42,8 +42,9 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def check_weight(name: str, value: Any, when: str = "") -> float:
-    """A finite number of at least 0, returned as a float; a tensor of one element counts."""
-    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    """A finite number of at least 0, returned as a float; a tensor or array of one counts."""
+    is_scalar = value.numel() == 1 if isinstance(value, Tensor) else getattr(value, "ndim", 1) == 0
+    number = value.item() if is_scalar else value
     if not isinstance(number, Real) or isinstance(number, bool) or not 0 <= float(number) < inf:
         raise _must_be(name, value, "a finite number of at least 0", when)
     return float(number)

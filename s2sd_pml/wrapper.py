@@ -120,17 +120,21 @@ class LossWrapper(ModuleWithRecords):  # type: ignore[misc]
 def check_assignable(loss_func: nn.Module, name: str, value: Any) -> None:
     """An attribute that is not fixed when the loss is built, and is not the base loss's own."""
     held = {**loss_func.__dict__, **loss_func.__dict__.get("_modules", {})}
-    if name in ONLY_AT_CONSTRUCTION or (name in FIXED and name in held):
+    is_ours = type(loss_func).__module__.startswith(__package__)  # a subclass may have more names
+    if (is_ours and name in ONLY_AT_CONSTRUCTION) or (name in FIXED and name in held):
         raise ArgumentError(
             f"{name}={value!r} cannot be assigned: the loss is built for the {name} it was given. "
             f"Build a new one, S2SDLoss(..., {name}=...)."
         )
-    if "_guard" not in held or name in held or name.startswith("_"):  # under construction, or ours
-        return
+    if not is_ours or "_guard" not in held or name in held or name.startswith("_"):
+        return  # a subclass's, under construction, or ours
     if hasattr(held["loss"], name) and not hasattr(type(loss_func), name):
+        plain = value is None or isinstance(value, (bool, int, float, str))
+        seen = repr(value) if plain else "<value>"
         raise ArgumentError(
-            f"{name}={value!r} would not reach the base losses, which have it. Assign it to "
-            f"each: for m in [loss_func, *loss_func.branches.values()]: m.loss.{name} = {value!r}"
+            f"{name}={seen} would not reach the base losses, which have it. Assign it to each, "
+            "where it fits the embedding size: "
+            f"for m in [loss_func, *loss_func.branches.values()]: m.loss.{name} = {seen}"
         )
 
 

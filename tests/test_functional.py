@@ -298,3 +298,10 @@ def test_compiled_in_one_piece_it_is_the_same(exclude_self):
     found = value_and_grad(compiled, student, teachers, **kwargs)
     for a, b in zip(found, value_and_grad(relation_kl, student, teachers, **kwargs), strict=True):
         torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_rows_of_great_length_do_not_overflow(chunk_size):
+    student, unit = torch.randn(7, 3), torch.nn.functional.normalize(torch.randn(7, 4), dim=1)
+    found = relation_kl(student, [unit * 1e19], chunk_size=chunk_size)
+    torch.testing.assert_close(found, relation_kl(student, [unit]))

@@ -536,3 +536,13 @@ def test_a_head_of_the_wrong_width():
     )
     with pytest.raises(BatchError, match=r"dimension 8.*\(8, 9\)"):
         loss_func(X, Y, features=PHI)
+
+
+def test_a_schedule_may_return_an_array_of_no_dimension():
+    loss_func = S2SDLoss(
+        losses.ContrastiveLoss(),
+        feature_dim=12,
+        head_dims=(8,),
+        distill_weight=lambda step: np.array(3.0),
+    )
+    loss_func(LINEAR(torch.randn(8, 12)), torch.arange(8) // 2, features=torch.randn(8, 12))

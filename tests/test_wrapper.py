@@ -119,7 +119,7 @@ def test_attributes_of_the_base_losses_are_assigned_to_each():
         ArgumentError, match="pos_margin=0.5 would not reach the base loss"
     ) as caught:
         loss_func.pos_margin = 0.5
-    (fix,) = re.findall("each: (.*)", str(caught.value))
+    (fix,) = re.findall("size: (.*)", str(caught.value))
     exec(fix, {"loss_func": loss_func})
     every = [loss_func.loss, *(branch.loss for branch in loss_func.branches.values())]
     assert [loss.pos_margin for loss in every] == [0.5] * 3
@@ -132,3 +132,21 @@ def test_a_base_loss_with_names_of_ours_is_taken():
     copy.deepcopy(loss_func).miner = None
     assert loss_func.miner is None
     assert loss_func.loss.miner is not None
+
+
+def test_a_tensor_that_would_not_reach_the_base_losses_is_not_printed():
+    loss_func = S2SDLoss(losses.ArcFaceLoss(6, 6), feature_dim=12, head_dims=(8, 9))
+    with pytest.raises(ArgumentError, match=r"W=<value> .*: m\.loss\.W = <value>$"):
+        loss_func.W = nn.Parameter(torch.zeros(6, 6))
+
+
+def test_a_subclass_may_have_more_attributes():
+    class Mine(S2SDLoss):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.trunk, self.margin = nn.Linear(2, 2), 0.3
+
+    mine = Mine(losses.TripletMarginLoss(), feature_dim=12, head_dims=(8,))
+    assert mine.margin == 0.3
+    with pytest.raises(ArgumentError, match="head_dims"):
+        mine.head_dims = (9,)
