@@ -197,7 +197,7 @@ def fetch(package: str, path: Path) -> None:
         if done.returncode or not found:
             raise EmojiError(
                 f"npm could not fetch {package} ({reason(done.stderr)}): "
-                f"mend that and run again, or put the package in place as {path}"
+                f"fix that and run again, or put the package in place as {path}"
             )
         os.replace(found[0], path)
 

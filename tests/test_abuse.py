@@ -1,4 +1,4 @@
-"""What people do by mistake or at the edge: it works as told, or is refused with the mend named."""
+"""Mistakes and edge cases: each works as documented, or is refused with a suggested fix."""
 
 import gc
 import threading

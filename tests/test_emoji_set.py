@@ -328,7 +328,7 @@ def test_a_failing_npm_is_named_with_its_reason(
     make_npm(tmp_path, monkeypatch, f"printf '%s' '{said}' >&2\nexit 1")
     with pytest.raises(emoji_set.EmojiError) as caught:
         emoji_set.load(cache)
-    assert f"npm could not fetch @iconify-json/noto@1.0.0 ({reason}): mend" in str(caught.value)
+    assert f"npm could not fetch @iconify-json/noto@1.0.0 ({reason}): fix" in str(caught.value)
     assert set(cache.iterdir()) == before
 
 

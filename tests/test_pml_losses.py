@@ -2,7 +2,7 @@
 
 In every precision, with every miner and with ref_emb it is ``tests/matrix`` that trains them. The
 lists come from the installed PML, so that a class that a later release adds is noticed here.
-What fails is shown to fail without S2SDLoss too; such a test fails when PML mends it.
+What fails is shown to fail without S2SDLoss too; such a test fails when PML fixes it.
 """
 
 import pytest
