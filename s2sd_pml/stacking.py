@@ -166,7 +166,8 @@ def _pairs(loss: Any, matrix: Tensor, labels: Tensor, indices_tuple: Any) -> tup
     if len(a1) > 1 or len(a2) > 1:  # PML takes a single pair for none
         positive[a1, p] = True
         negative[a2, n] = True
-    loss._assert_either_pos_or_neg(positive, negative)
+    if hasattr(loss, "_assert_either_pos_or_neg"):  # from PML 2.9 on
+        loss._assert_either_pos_or_neg(positive, negative)
     return positive, negative
 
 

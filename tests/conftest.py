@@ -13,6 +13,13 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+# The compiler of torch 2.1 takes the hooks off optimizers of classes that were not used before it.
+for _kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad):
+    _kind([torch.zeros(1, requires_grad=True)], lr=0.1)
+for _kind in (torch.optim.RMSprop, torch.optim.LBFGS):
+    _kind([torch.zeros(1, requires_grad=True)])
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

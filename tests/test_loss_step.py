@@ -97,6 +97,7 @@ def test_a_step_reads_nothing_back(parts, how):
     assert loss_func.components["feature_distill"] > 0
 
 
+@pytest.mark.skipif(torch.__version__ < "2.4", reason="its dispatch modes know no ``byte ^ 1``")
 @pytest.mark.parametrize(
     "kind",
     [

@@ -100,6 +100,8 @@ def run_before(kind):
 
 
 def test_s2sd_that_starts_in_the_middle_of_a_run_is_silent(kind):
+    if kind is torch.optim.Adagrad and torch.__version__ < "2.4":
+        pytest.skip("Adagrad has no state for groups that are added later")
     model = Model()
     optimizer = kind(list(model.parameters()))
     run(model, losses.NTXentLoss(), [optimizer])

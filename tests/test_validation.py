@@ -305,6 +305,7 @@ def test_a_weight_of_a_schedule_is_refused_with_its_step():
         loss_func(LINEAR(torch.randn(8, 12)), torch.arange(8) // 2)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.4", reason="fullgraph works from there on")
 def test_checks_and_attributes_are_compiled_without_a_graph_break():
     loss_func = S2SDLoss(LOSS, feature_dim=12, head_dims=(8,), feature_distill_weight=lambda s: 2.0)
 
