@@ -115,7 +115,7 @@ def rows_kl(
             options = (first, temperature, exclude_self)
             own = slice(first, min(first + chunk_size, stop))
             matrices = (
-                (t[own] @ t.T).mul_(scale[own, None]).mul_(scale)
+                ((t[own] * scale[own, None]) @ t.T).mul_(scale)  # no overflow in between
                 for t, scale in zip(teachers, scales, strict=True)
             )
             return one_by_one(log_relations(unit[own] @ unit.T, *options), matrices, options)

@@ -314,9 +314,10 @@ class S2SDLoss(Variants, LossWrapper):
 
     def _metric_losses(self, S: Similarities | None, batch: Batch) -> Tensor:
         """L in every space, (1 + m,)."""
-        if self._stacks and self._losses.can_stack(batch):
-            return self._losses.stacked(batch, None if S is None else S.spaces)
-        return self._losses.one_by_one(batch)
+        losses = self._losses
+        if self._stacks and losses.can_stack(batch):
+            return losses.stacked(batch, None if S is None else S.spaces)
+        return losses.one_by_one(batch)
 
     def _relation_kl(
         self, S: Similarities | None, spaces: list[Tensor], rows: tuple[int, int] | None

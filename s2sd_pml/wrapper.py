@@ -62,8 +62,7 @@ class LossWrapper(ModuleWithRecords):  # type: ignore[misc]
             loss_lr: learning rate of the losses' own parameters, such as proxies or a learnable
                 margin; default ``lr``.
         """
-        heads, loss_lr = self._head_parameters(), lr if loss_lr is None else loss_lr
-        return param_groups(self, heads, lr, weight_decay, loss_lr)
+        return param_groups(self, self._head_parameters(), lr, weight_decay, loss_lr)
 
     def add_to(self, optimizer: torch.optim.Optimizer, **group: Any) -> Self:
         """Add the groups of ``param_groups`` to an optimizer, and return the loss.

@@ -305,3 +305,9 @@ def test_rows_of_great_length_do_not_overflow(chunk_size):
     student, unit = torch.randn(7, 3), torch.nn.functional.normalize(torch.randn(7, 4), dim=1)
     found = relation_kl(student, [unit * 1e19], chunk_size=chunk_size)
     torch.testing.assert_close(found, relation_kl(student, [unit]))
+
+
+def test_rows_whose_length_overflows_are_the_same_in_chunks():
+    student, teacher = torch.randn(7, 3), torch.nn.functional.normalize(torch.randn(7, 4), dim=1)
+    whole = relation_kl(student, [teacher * 3e19])
+    torch.testing.assert_close(relation_kl(student, [teacher * 3e19], chunk_size=3), whole)
