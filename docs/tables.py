@@ -16,7 +16,7 @@ from typing import Any
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "examples"))
 
-import compare  # noqa: E402
+from study import compare  # noqa: E402
 
 PERFORMANCE = DOCS / "performance.md"  # draw_performance.py writes its tables
 PAGES = [DOCS.parent / "README.md", *sorted({*DOCS.glob("*.md")} - {PERFORMANCE})]

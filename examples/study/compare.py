@@ -1,8 +1,8 @@
 """Compare methods over embedding sizes and seeds, on classes that none of them has seen.
 
-    python examples/compare.py --sizes 8 16 32 --seeds 0 1 2
-    python examples/compare.py --validation --method "T=0.5: --variant msd --temperature 0.5"
-    python examples/compare.py --steps-per-epoch 200   # flags of train.py go to every run
+    python examples/study/compare.py --sizes 8 16 32 --seeds 0 1 2
+    python examples/study/compare.py --validation --method "T=0.5: --variant msd --temperature 0.5"
+    python examples/study/compare.py --steps-per-epoch 200   # flags of train.py go to every run
 
 A cell of the grid is one run of train.py. Finished cells are kept in ``--output`` and never run
 again, so a grid can be stopped at any time and grow later. Written from all of them: results.csv
@@ -29,13 +29,16 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-import options
-import train
-from report import REFIT
 from scipy.stats import t as student_t
 from tqdm import tqdm
 
 from s2sd_pml import S2SDLoss
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of trainer and study
+
+import train
+from trainer import options
+from trainer.report import REFIT
 
 matplotlib.use("Agg")
 
