@@ -242,11 +242,11 @@ class S2SDLoss(Variants, Spaces):
         return dict(zip(self.head_dims, units, strict=True))
 
     def _weight(self, term: str) -> float:
-        """What a component is multiplied by: γ, γ_f, or that of an outside teacher."""
-        name, schedule = f"{term}_weight", getattr(self, f"{term}_weight", self.teacher_weight)
-        if term.startswith("teacher_") and isinstance(schedule, Mapping):
-            teacher = term.removeprefix("teacher_")
-            name, schedule = f"teacher_weight[{teacher!r}]", schedule[teacher]
+        """What a component is multiplied by at this step: γ, γ_f, or γ_t of an outside teacher."""
+        kind, _, teacher = term.partition("_") if term.startswith("teacher_") else (term, "", "")
+        name, schedule = f"{kind}_weight", getattr(self, f"{kind}_weight")
+        if isinstance(schedule, Mapping):
+            name, schedule = f"{name}[{teacher!r}]", schedule[teacher]
         return validation.weight_at(name, schedule, self.step if callable(schedule) else 0)
 
     def _base_loss_alone(self, batch: Batch) -> Tensor:

@@ -16,7 +16,13 @@ from test_loss_step import reads
 from torch import nn
 
 from s2sd_pml import S2SDLoss
-from s2sd_pml.errors import ArgumentError, BatchError, OptimizerWarning, UnsupportedLossError
+from s2sd_pml.errors import (
+    ArgumentError,
+    BatchError,
+    OptimizerWarning,
+    S2SDWarning,
+    UnsupportedLossError,
+)
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
@@ -190,6 +196,20 @@ def test_heads_start_as_without_prefixes(kind):
             assert torch.equal(with_prefixes.state_dict()[name], value), name
 
 
+def test_a_memory_of_every_size_keeps_the_prefixes():
+    loss_func = make("memory", head_dims=(), feature_distill_weight=0)
+    twins = [losses.CrossBatchMemory(losses.NTXentLoss(), k, 64) for k in (D, 2, 4)]
+    for _ in range(4):
+        ψ, _ = batch()
+        want = sum(twin(ψ[:, :k], Y) for k, twin in zip((D, 2, 4), twins, strict=True)) / 3
+        torch.testing.assert_close(loss_func(ψ, Y), want, **EXACT)
+
+
+def test_the_prefixes_of_one_kind_of_loss_are_computed_at_once():
+    assert make(head_dims=())._stacks
+    assert not make("proxies")._stacks
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 LINEAR = nn.Linear(F_DIM, D)
@@ -301,6 +321,13 @@ def test_proxies_at_a_high_rate_give_no_warning(head_dims):
         warnings.simplefilter("error")
         train(loss_func, model, optimizer)
     assert loss_func._guard._done
+
+
+def test_training_in_eval_mode_is_reported():
+    model, loss_func = watched(())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    with pytest.warns(S2SDWarning, match="in eval.. mode"):
+        train(loss_func.eval(), model, optimizer, 2)
 
 
 def test_a_run_goes_on_from_its_state():
