@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import multiprocessing
 import os
 import shlex
@@ -105,13 +106,18 @@ def crop(crops: Crops, first: int) -> None:
 
 
 DECODED = functools.cache(images.Files.decoded)
+LABELS: dict[Path, Tensor] = {}
 
 
 def labels_of(crops: Crops) -> Tensor:
     """The labels of all steps, (steps, B)."""
+    if crops.path in LABELS:
+        return LABELS[crops.path]
     train_images = load(data_flags(crops.args)).train
     batches = training.make_batches(crops.args, train_images).between(0, crops.steps)
-    return torch.stack([train_images.labels[torch.as_tensor(rows)] for rows, _ in batches])
+    rows_of_steps = [torch.as_tensor(rows) for rows, _ in batches]
+    LABELS[crops.path] = torch.stack([train_images.labels[rows] for rows in rows_of_steps])
+    return LABELS[crops.path]
 
 
 def make_crops(crops: Crops, pool: Any) -> list[Any]:
@@ -366,6 +372,9 @@ def train_groups(queue: Any, deadline: float, device: str, number: int) -> None:
         if not attempt(train_group, *work) and compiles(folder, number):
             (folder / "compiled").unlink(missing_ok=True)
             attempt(train_group, *work)
+        gc.collect()  # graphs hold their memory
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def attempt(function: Callable[..., None], *args: Any) -> bool:
@@ -393,11 +402,12 @@ def train_group(
             return
         time.sleep(0.2)
     waited = time.time() - started
-    if group.crops.path not in held:
+    key = group.crops.path, group.steps
+    if key not in held:
         held.clear()
-        memory = torch.from_numpy(np.load(group.crops.path, mmap_mode="r"))
-        held[group.crops.path] = memory.to(device), labels_of(group.crops).to(device)
-    store, labels = held[group.crops.path]
+        memory = torch.from_numpy(np.load(group.crops.path, mmap_mode="r")[: group.steps])
+        held[key] = memory.to(device), labels_of(group.crops)[: group.steps].to(device)
+    store, labels = held[key]
     lanes = []
     for cell in group.cells:
         args = options.parse(options.parser(), [*cell.flags, *cell.output, "--device", device])
