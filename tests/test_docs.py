@@ -22,7 +22,7 @@ import tables  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_CODE = set(
-    "README.md index.md adopt.md authors-code.md does-it-help.md faq.md features.md "
+    "README.md index.md adopt.md authors-code.md beyond.md does-it-help.md faq.md features.md "
     "how-it-works.md optimizer.md settings.md supported.md works-with.md".split()
 )
 
