@@ -109,6 +109,21 @@ class Cell(NamedTuple):
     path: Path
     teacher: Path | None = None
 
+    @property
+    def folder(self) -> Path:
+        """What train.py writes."""
+        return self.path.with_suffix("")
+
+    @property
+    def output(self) -> list[str]:
+        """The flags that depend on where this is, not on what is trained."""
+        flags = ["--quiet", "--no-report", "--output", str(self.folder)]
+        if f"--embedding-size {LARGE}" in " ".join(self.flags):
+            flags += ["--export", str(self.folder / "model.pt")]
+        if self.teacher:
+            flags += ["--teacher", str(self.teacher.with_suffix("") / "model.pt")]
+        return flags
+
 
 class Entry(NamedTuple):
     """One row of the results: what it is, and where it is found."""
@@ -121,21 +136,19 @@ class Entry(NamedTuple):
 
 
 def run_cell(cell: Cell) -> None:
-    """Train one cell and write its results, whole or not at all."""
+    """Train one cell, from where it was stopped, if it was."""
     start = time.perf_counter()
-    folder = cell.path.with_suffix("")
-    flags = [*cell.flags, "--quiet", "--no-report", "--threads", "1", "--output", str(folder)]
-    flags += ["--resume"]  # where it was stopped, if it was
-    if f"--embedding-size {LARGE}" in " ".join(cell.flags):
-        flags += ["--export", str(folder / "model.pt")]
-    if cell.teacher:
-        flags += ["--teacher", str(cell.teacher.with_suffix("") / "model.pt")]
     with contextlib.redirect_stdout(io.StringIO()):
-        train.main(flags)
-    config = json.loads((folder / "config.json").read_text())
+        train.main([*cell.flags, *cell.output, "--threads", "1", "--resume"])
+    keep(cell, time.perf_counter() - start)
+
+
+def keep(cell: Cell, wall_seconds: float) -> None:
+    """Write the results of a trained cell, whole or not at all."""
+    config = json.loads((cell.folder / "config.json").read_text())
     for name in ("teacher", "command"):
         del config[name]  # no number depends on these paths
-    with open(folder / "metrics.csv", newline="") as file:
+    with open(cell.folder / "metrics.csv", newline="") as file:
         found = list(csv.DictReader(file))
     scores: dict[str, dict[str, float]] = {}
     for r in found:  # the last of each counts
@@ -148,7 +161,7 @@ def run_cell(cell: Cell) -> None:
             who: {m: x for m, x in v.items() if "@" in m or m == "NMI"} for who, v in scores.items()
         },
         "training_seconds": seconds,
-        "wall_seconds": round(time.perf_counter() - start, 1),
+        "wall_seconds": round(wall_seconds, 1),
         **config.pop("versions"),
         **config,
     }
@@ -174,6 +187,7 @@ def grid(args: argparse.Namespace, rest: list[str]) -> list[Entry]:
     if others := [name for name in ("nested", "two stages") if name in methods and known.refit]:
         raise SystemExit(f"{others[0]!r} has no embedder fitted anew: run it without --refit")
     common = [*rest, *(["--validation"] if args.validation else [])]
+    (args.output / "cells").mkdir(parents=True, exist_ok=True)
 
     def cell(flags: str, size: int | None, seed: int, teacher: Path | None = None) -> Cell:
         sized = [] if size is None else ["--embedding-size", str(size)]
@@ -200,10 +214,10 @@ def grid(args: argparse.Namespace, rest: list[str]) -> list[Entry]:
 
 
 def results(entries: list[Entry]) -> list[Row]:
-    """The rows of the table, from the files of the cells."""
+    """The rows of the table, from the files of the cells that are done."""
     rows = []
     for entry in entries:
-        if entry.method:
+        if entry.method and entry.cell.path.exists():
             content = json.loads(entry.cell.path.read_text())
             what = {"method": entry.method, "size": entry.size, "seed": entry.seed}
             scores = content.pop("scores")[entry.row]
@@ -351,19 +365,22 @@ def main(argv: list[str] | None = None) -> None:
     """Run what is missing, write and print."""
     args, rest = parser().parse_known_args(argv)
     entries = grid(args, rest)
-    (args.output / "cells").mkdir(parents=True, exist_ok=True)
     run(entries, args.workers)
+    write(args.output, entries)
 
+
+def write(output: Path, entries: list[Entry]) -> None:
+    """Write what there is, and print the table."""
     rows = results(entries)
-    with open(args.output / "results.csv", "w", newline="") as file:
+    with open(output / "results.csv", "w", newline="") as file:
         columns = list(dict.fromkeys(column for row in rows for column in row))
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    draw(rows, args.output / "recall.png", paired=False)
+    draw(rows, output / "recall.png", paired=False)
     if BASE in names(rows)[0] and len(names(rows)[0]) > 1:
-        draw_differences(rows, args.output / "differences.png")
-    (args.output / "table.md").write_text(table(rows) + "\n")
+        draw_differences(rows, output / "differences.png")
+    (output / "table.md").write_text(table(rows) + "\n")
     print(table(rows))
 
 

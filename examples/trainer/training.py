@@ -168,10 +168,13 @@ class Trainer:
         with self.stepper.autocast(enabled=s2sd):
             embeddings = embeddings if s2sd else embeddings.float()
             pairs = self.miner(embeddings, labels) if self.miner else None
-            taught = {"features": self.teacher(pixels)} if self.teacher else {}
-            loss = self.objective(embeddings, labels, pairs, **taught)
+            loss = self.objective(embeddings, labels, pairs, **self.taught(pixels))
         self.stepper.backward(loss / self.args.accumulate)
         return {"loss": loss.item(), **report.components(self.loss_func)}
+
+    def taught(self, pixels: torch.Tensor) -> dict[str, Any]:
+        """What a teacher from outside makes of these images."""
+        return {"features": self.teacher(pixels)} if self.teacher else {}
 
     def look(self) -> None:
         """After an epoch: how well the model does on held-out or on unseen classes."""
