@@ -459,7 +459,7 @@ def test_the_configuration_of_a_variant_without_features_repeats_too(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--nested 4 --s2sd-only", "--nested and --cut are for the base run"),
+        ("--matryoshka-dims 4 --s2sd-only", "--matryoshka-dims and --cut are for the base"),
         ("--cut 600", "--cut 600 is more than --embedding-size 16"),
         ("--image-size 64", "--image-size 64: icons400 has 32"),
         ("--ramp 5 5", "--ramp 5 5: the second step must be the later one"),
@@ -473,7 +473,7 @@ def test_the_configuration_of_a_variant_without_features_repeats_too(tmp_path):
         ("--seed -1", "'-1' is not a whole number"),
         ("--ema 1.5", "1.5 is not between 0 and 1"),
         ("--validation --validation-share 0.001", "leaves 200 to train and 0 to choose by"),
-        ("--nested 16 --baseline-only", "--nested 16 is no part of --embedding-size 16"),
+        ("--matryoshka-dims 16 --baseline-only", "16 is not below --embedding-size 16"),
     ],
 )
 def test_flags_that_would_do_nothing_or_fail_later_are_refused(tmp_path, capsys, flags, words):
@@ -489,7 +489,7 @@ def test_flags_that_would_do_nothing_or_fail_later_are_refused(tmp_path, capsys,
     [
         ("lr: [1, 2", "cannot be read"),
         ("- lr", "holds no settings of the form name: value"),
-        ("lrate: 1", "unrecognized arguments: --lrate 1"),
+        ("lrate: 1", "unknown argument --lrate: did you mean --lr"),
         ("lr: fast", "argument --lr: invalid rate value: 'fast'"),
         ("recipe: cub-r50-128-msim", "a file of settings cannot bring in another"),
     ],

@@ -1,4 +1,4 @@
-"""What one would try instead of S2SD: large embeddings cut down, nested losses, a teacher first."""
+"""Alternatives to S2SD: PCA of large embeddings, Matryoshka losses, a teacher trained first."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from s2sd_pml import clone_loss
 from . import export
 
 
-class NestedLoss(nn.Module):
+class MatryoshkaLoss(nn.Module):
     """The mean of a loss on the first 8, 16, ... dimensions of the embeddings and on all.
 
-    The idea of Kusupati et al., "Matryoshka Representation Learning", NeurIPS 2022, with a loss and
-    a miner of pytorch-metric-learning for each length.
+    Source: Kusupati et al., "Matryoshka Representation Learning", NeurIPS 2022.
     """
 
     def __init__(
@@ -25,7 +24,7 @@ class NestedLoss(nn.Module):
     ) -> None:
         super().__init__()
         if wrong := [k for k in sizes if k >= size]:
-            raise ValueError(f"--nested {wrong[0]} is no part of --embedding-size {size}")
+            raise ValueError(f"--matryoshka-dims {wrong[0]} is not below --embedding-size {size}")
         self.sizes = [*sizes, size]
         self.losses = nn.ModuleList([*(clone_loss(loss, k) for k in sizes), loss])
         self.miner = miner
@@ -45,5 +44,5 @@ def principal(fitted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def teacher(path: Path, device: str) -> nn.Module:
-    """A trained network that is not trained further, of ``--export``."""
+    """A trained network, of ``--export``, that is not trained further."""
     return export.load(path).to(device).requires_grad_(False)

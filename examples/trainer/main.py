@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         del makers["S2SD" if args.baseline_only else "base"]
     folder = args.output / CHECKPOINTS
     try:  # build everything once: what is wrong with the flags shows before any training
-        if ranks.world() > 1 and (args.nested or args.teacher or args.reach != PAPERS):
-            raise ValueError("--nested, --teacher and --reach are for one process")
+        if ranks.world() > 1 and (args.matryoshka_dims or args.teacher or args.reach != PAPERS):
+            raise ValueError("--matryoshka-dims, --teacher and --reach are for one process")
         ranks.check(args.device, args.batch_size, args.backbone == "cnn" or args.freeze_bn)
         split, held_out = prepare(args)
         network = make_network(args, split)
@@ -138,5 +138,5 @@ def finish(args: argparse.Namespace, runs: list[Run], split: Split) -> None:
     print(f"\nMetrics and configuration are in {args.output}", end="")
     print(", with pictures in report.html" if args.report else "")
     if args.export:
-        again = ", its embedder fitted anew," if args.refit else ","
-        print(f"The {runs[-1].name} model{again} loaded back and compared, is in {args.export}")
+        which = " with the refitted embedder" if args.refit else ""
+        print(f"The {runs[-1].name} model{which}, loaded back and compared, is in {args.export}")

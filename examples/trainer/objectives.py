@@ -11,7 +11,7 @@ from torch import nn
 from s2sd_pml import ProjectionHead, S2SDLoss
 
 from . import export, ranks
-from .baselines import NestedLoss
+from .baselines import MatryoshkaLoss
 from .by_name import LossAndMiner, pml_loss
 from .network import Network
 from .reach import PAPERS, OtherReach
@@ -20,8 +20,8 @@ from .reach import PAPERS, OtherReach
 def base_loss(args: argparse.Namespace, model: Network, num_classes: int) -> LossAndMiner:
     """That loss as it is. Over several ranks S2SDLoss without S2SD brings the batch together."""
     loss_func, miner = pml_loss(args, num_classes)
-    if args.nested:
-        return NestedLoss(loss_func, miner, args.embedding_size, args.nested), None
+    if args.matryoshka_dims:
+        return MatryoshkaLoss(loss_func, miner, args.embedding_size, args.matryoshka_dims), None
     if ranks.world() == 1:
         return loss_func, miner
     whole = S2SDLoss(
