@@ -16,30 +16,30 @@ from typing import Any
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "examples"))
 
-from study import compare  # noqa: E402
+from study import summary  # noqa: E402
 
 PERFORMANCE = DOCS / "performance.md"  # draw_performance.py writes its tables
 PAGES = [DOCS.parent / "README.md", *sorted({*DOCS.glob("*.md")} - {PERFORMANCE})]
 BLOCK = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
-def rows(name: str, **where: Any) -> list[compare.Row]:
+def rows(name: str, **where: Any) -> list[summary.Row]:
     """The rows of a result file, those with the values in ``where``."""
     with open(DOCS / "results" / f"{name}.csv", newline="") as file:
         found = list(csv.DictReader(file))
     return [
-        {**row, "size": int(row["size"]), compare.METRIC: float(row[compare.METRIC])}
+        {**row, "size": int(row["size"]), summary.METRIC: float(row[summary.METRIC])}
         for row in found
         if all(row[column] == str(value) for column, value in where.items())
     ]
 
 
-def difference(found: list[compare.Row], method: str, size: int, bold: bool = False) -> str:
+def difference(found: list[summary.Row], method: str, size: int, bold: bool = False) -> str:
     """Method minus base at the same seeds; bold where the interval, as printed, leaves 0 out."""
-    paired = compare.differences(found, method, size)
+    paired = summary.differences(found, method, size)
     if not paired:
         return ""
-    mean, half = compare.interval(paired)
+    mean, half = summary.interval(paired)
     text = f"{mean:+.1f} ± {half:.1f}"
     return f"**{text}**" if bold and round(abs(mean), 1) > round(half, 1) else text
 
@@ -55,7 +55,7 @@ def gains() -> str:
     emoji, icons, sizes = rows("emoji"), rows("icons-400"), (8, 16, 32, 64, 128)
     lines = [
         ("emoji, pretrained EfficientNet-lite0, 320 steps", emoji, "MSDF, small-data"),
-        ("the same, then an embedder fitted anew", emoji, "MSDF, small-data, refit"),
+        ("the same, then an embedder fitted anew", emoji, "MSDF, small-data, refitted embedder"),
         ("icons-400, small network from scratch, 400 steps", icons, "MSDF, small-data"),
         ("the same with MSDFA", icons, "MSDFA, small-data"),
     ]
@@ -82,7 +82,7 @@ def validation() -> str:
         "MSDFA, two layers": "MSDFA, two layers",
         "MSDFA, linear": "MSDFA, small-data",
     }
-    seeds = [str(len(compare.values(of, compare.BASE, size))) for of, size in columns.values()]
+    seeds = [str(len(summary.values(of, summary.BASE, size))) for of, size in columns.values()]
     lines = [
         [what, *(difference(of, method, size) for of, size in columns.values())]
         for what, method in methods.items()
@@ -98,8 +98,8 @@ def batches() -> str:
         of, method = rows("icons-400-batches-validation", **where), "MSDF, two layers"
         if not of:  # the row of the settings
             of, method = rows("icons-400-settings-validation", **where), "the recipe"
-        base, own = compare.values(of, compare.BASE, 16), compare.values(of, method, 16)
-        means = [f"{compare.interval(found.values())[0]:.1f}" for found in (base, own)]
+        base, own = summary.values(of, summary.BASE, 16), summary.values(of, method, 16)
+        means = [f"{summary.interval(found.values())[0]:.1f}" for found in (base, own)]
         classes, gain = str(size // per_class), difference(of, method, 16)
         lines.append([f"{size}, {per_class}", classes, str(len(own)), *means, gain])
     head = "batch, samples per class|classes in a batch|seeds|base|S2SD|difference"
@@ -121,7 +121,7 @@ def block(name: str) -> str:
 def generated() -> dict[Path, str]:
     """Every file that holds tables, as it should be."""
     files = {
-        path: compare.table(rows(path.stem)) + "\n" for path in (DOCS / "results").glob("*.md")
+        path: summary.table(rows(path.stem)) + "\n" for path in (DOCS / "results").glob("*.md")
     }
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

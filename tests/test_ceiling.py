@@ -17,9 +17,9 @@ def test_it_writes_a_row_for_every_embedder(tmp_path, capsys, monkeypatch):
     with open(tmp_path / "ceiling.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     kinds = [*ceiling.KINDS, "heads"]
-    along = [r for r in rows if r["method"] == ceiling.ALONG]
-    assert [r["method"] for r in rows if r not in along] == kinds * 4
-    assert [(r["size"], r["seed"]) for r in along] == [("8", "0"), ("8", "1")]
+    jointly = [r for r in rows if r["method"] == ceiling.JOINTLY]
+    assert [r["method"] for r in rows if r not in jointly] == kinds * 4
+    assert [(r["size"], r["seed"]) for r in jointly] == [("8", "0"), ("8", "1")]
     assert {(r["size"], r["seed"]) for r in rows} == {(d, s) for d in "48" for s in "01"}
     assert {r["dims"] for r in rows} == {"[24, 32]"}  # the configuration is beside the numbers
     teachers = {(r["seed"], r["Recall@1"]) for r in rows if r["method"] == "heads"}
@@ -34,7 +34,7 @@ def test_the_trunk_of_the_base_loss(tmp_path, monkeypatch):
     ceiling.main([*SMALL, *flags, "--output", str(tmp_path)])
     with open(tmp_path / "ceiling.csv", newline="") as file:
         found = [(r["method"], r["size"]) for r in csv.DictReader(file)]
-    assert found == [("base", "4"), ("base", "8"), (ceiling.ALONG, "8")]
+    assert found == [("base", "4"), ("base", "8"), (ceiling.JOINTLY, "8")]
 
 
 def test_what_it_cannot_measure_is_refused(tmp_path, capsys):

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 import torch
-from study import compare
+from study import compare, summary
 from test_examples import SMALL
 from trainer import export, options, report
 
@@ -72,7 +72,13 @@ def test_another_flag_is_another_cell(tmp_path):
 
 @pytest.mark.slow
 def test_embedders_fitted_anew_share_the_training_of_their_trunk(tmp_path):
-    methods = ["base", "base, refit", "heads, no KL", "heads, refit", "MSDF, small-data, refit"]
+    methods = [
+        "base",
+        "base, refitted embedder",
+        "heads, no KL",
+        "heads, refitted embedder",
+        "MSDF, small-data, refitted embedder",
+    ]
     flags = [
         "--output",
         str(tmp_path),
@@ -84,17 +90,17 @@ def test_embedders_fitted_anew_share_the_training_of_their_trunk(tmp_path):
         "--methods",
         *methods,
     ]
-    with pytest.raises(SystemExit, match="'base, refit' needs --refit STEPS"):
+    with pytest.raises(SystemExit, match="'base, refitted embedder' needs --refit STEPS"):
         compare.main(flags)
-    with pytest.raises(SystemExit, match="'nested' has no embedder fitted anew"):
-        compare.main([*flags, "nested", "--refit", "5"])
-    own = "own, refit: --variant msd --dims 8"
-    with pytest.raises(SystemExit, match="'own, refit' needs --refit STEPS"):
+    with pytest.raises(SystemExit, match="'Matryoshka' has no refitted embedder"):
+        compare.main([*flags, "Matryoshka", "--refit", "5"])
+    own = "own, refitted embedder: --variant msd --dims 8"
+    with pytest.raises(SystemExit, match="'own, refitted embedder' needs --refit STEPS"):
         compare.main([*flags[: -len(methods)], "base", "--method", own])
     compare.main([*flags, "--refit", "5", "--method", own])
     assert len(list((tmp_path / "cells").glob("*.json"))) == 4
     found = {r["method"]: r for r in rows(tmp_path)}
-    assert list(found) == [*methods, "own, refit"]
+    assert list(found) == [*methods, "own, refitted embedder"]
     assert len({r["MAP@R"] for r in found.values()}) == len(found)
     recipe = S2SDLoss.recipe("small-data")
     for name in methods[2:]:  # the KL is the recipe's, in force at the end or throughout
@@ -118,16 +124,16 @@ def test_the_recipe_of_the_library_is_in_the_grid(variant):
 
 @pytest.mark.slow
 def test_what_serves_all_sizes_is_trained_once_and_teachers_come_first(tmp_path):
-    names = ["base", "base 512 + PCA", "nested", "two stages"]
+    names = ["base", "base 512 + PCA", "Matryoshka", "two-stage distillation"]
     flags = ["--output", str(tmp_path), *TINY, "--seeds", "0", "--sizes", "8", "16", "128", "256"]
     compare.main([*flags, "--methods", *names])
     assert len(list((tmp_path / "cells").glob("*.json"))) == 4 + 1 + 1 + 4  # PCA's is the teacher
     found = {(r["method"], int(r["size"])): r for r in rows(tmp_path)}
-    assert ("nested", 256) not in found  # it has 128 dimensions
-    assert set(found) == {(n, s) for n in names for s in (8, 16, 128, 256)} - {("nested", 256)}
+    assert ("Matryoshka", 256) not in found  # it has 128 dimensions
+    assert set(found) == {(n, s) for n in names for s in (8, 16, 128, 256)} - {("Matryoshka", 256)}
     pca = [float(found["base 512 + PCA", size]["Recall@1"]) for size in (8, 128)]
     assert 0 < pca[0] < pca[1] < 1
-    student, teacher = (found[name, 8] for name in ("two stages", "base 512 + PCA"))
+    student, teacher = (found[name, 8] for name in ("two-stage distillation", "base 512 + PCA"))
     assert float(student["training_seconds"]) > float(teacher["training_seconds"])
     assert "--variant msdf" in student["flags"]
     folder = next(p for p in (tmp_path / "cells").iterdir() if (p / "model.pt").exists())
@@ -153,21 +159,21 @@ def compare_args(flags):
 
 
 def test_intervals_and_paired_differences_by_hand():
-    mean, half = compare.interval([1.0, 2.0, 3.0, 6.0])
+    mean, half = summary.interval([1.0, 2.0, 3.0, 6.0])
     # t(0.975, 3) = 3.18245; the deviation is sqrt(14 / 3), over sqrt(4)
     assert (mean, half) == pytest.approx((3.0, 3.18245 * math.sqrt(14 / 3) / 2), abs=1e-4)
-    assert math.isnan(compare.interval([1.0])[1])
+    assert math.isnan(summary.interval([1.0])[1])
     results = [
         {"method": method, "size": 8, "seed": seed, "Recall@1": value / 100}
         for method, found in {"base": [50, 52, 60], "MSD": [51, 55]}.items()
         for seed, value in enumerate(found)
     ]
-    assert compare.differences(results, "MSD", 8) == pytest.approx([1, 3])
-    assert "| MSD | 53.0 (+2.0 ± 12.7) |" in compare.table(results)
-    assert "| base | 54.0 |" in compare.table(results)
+    assert summary.differences(results, "MSD", 8) == pytest.approx([1, 3])
+    assert "| MSD | 53.0 (+2.0 ± 12.7) |" in summary.table(results)
+    assert "| base | 54.0 |" in summary.table(results)
     results.append({"method": "base", "size": 16, "seed": 0, "Recall@1": 0.7})
-    assert "| MSD | 53.0 (+2.0 ± 12.7) |  |" in compare.table(results)
-    alone = compare.table([r for r in results if r["seed"] == results[0]["seed"]])
+    assert "| MSD | 53.0 (+2.0 ± 12.7) |  |" in summary.table(results)
+    alone = summary.table([r for r in results if r["seed"] == results[0]["seed"]])
     assert "±" not in alone
     assert "| MSD | " in alone
 
@@ -179,13 +185,13 @@ def test_a_bad_method_is_named(tmp_path):
 
 def test_the_differences_of_one_size_are_rows(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(compare.plt, "close", drawn.append)
+    monkeypatch.setattr(summary.plt, "close", drawn.append)
     results = [
         {"method": method, "size": 16, "seed": seed, "Recall@1": value / 100}
         for method, found in {"base": [50, 52], "MSD": [51, 55], "DSD": [49, 49]}.items()
         for seed, value in enumerate(found)
     ]
-    compare.draw_differences(results, tmp_path / "differences.png")
+    summary.draw_differences(results, tmp_path / "differences.png")
     (axes,) = drawn[0].axes
     points = dict(
         zip([t.get_text() for t in axes.get_yticklabels()], axes.lines[0].get_xdata(), strict=True)

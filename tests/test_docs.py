@@ -80,9 +80,9 @@ def test_the_file_of_settings_of_the_docs_is_understood(tmp_path):
 
 def test_every_flag_that_the_trainers_page_names_is_one():
     page = (ROOT / "docs" / "trainer.md").read_text(encoding="utf-8")
-    known = options.parser().format_help()
+    known = options.parser()._option_string_actions
     for flag in set(re.findall(r"`(--[a-z-]+)", page)) - {"--help", "--logdir"}:
-        assert re.search(rf"{flag}\b", known), flag
+        assert flag in known, flag
     for recipe in re.findall(r"`((?:cub|cars|sop|emoji)-\w+-\w+(?:-\w+)?)`", page):
         assert recipe in config.names(), recipe
 

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import train
+from study import compare
 from trainer import evaluate, icons
 from trainer import images as image_module
 from trainer.by_name import make_loss, make_miner
@@ -69,8 +71,7 @@ def test_the_command_trains_both_prints_the_table_and_writes_everything(tmp_path
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     for words in ("base", "S2SD", "difference", "head 24", "head 32", "MAP@R", "NMI", "training"):
         assert words in done.stdout
-    assert "S2SD" in done.stderr  # the progress bar
-    assert "3/3" in done.stderr
+    assert "S2SD: epoch 1 of 1, step 3" in done.stderr
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["seed"] == 0
     assert config["versions"]["torch"] == torch.__version__
@@ -85,8 +86,8 @@ def test_two_ranks_give_what_one_process_gives_and_speak_once(tmp_path):
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (tmp_path / "two").iterdir()} == FILES | {"events"}
     assert done.stdout.count("Recall@1 ") == done.stdout.count("configuration are in") == 1
-    for bar in ("base:   0%", "S2SD:   0%"):
-        assert done.stderr.count(bar) == 1
+    for line in ("base: epoch 1 of 1", "S2SD: epoch 1 of 1"):
+        assert done.stderr.count(line) == 1
     assert "Warning" not in done.stderr
     one, two = run(tmp_path / "one", *uneven), read(tmp_path / "two")
     assert [(r["run"], r["step"], r["metric"]) for r in one] == [
@@ -181,6 +182,7 @@ def test_losses_and_miners_by_name(tmp_path, flags):
     ("flags", "words"),
     [
         (["--baseline-only", "--s2sd-only"], "leave nothing to train"),
+        (["--bach-size", "8"], "unknown argument --bach-size: did you mean --batch-size?"),
         (["--loss", "TripletMarginLos"], "did you mean TripletMarginLoss"),
         (["--loss-args", "gamma=3"], "does not take gamma: MultiSimilarityLoss(alpha=2"),
         (["--loss-args", "gamma"], "not of the form name=value"),
@@ -202,10 +204,32 @@ def test_bad_flags_end_with_one_clear_line(tmp_path, capsys, flags, words):
     assert not list(tmp_path.iterdir())
 
 
-def test_help_tells_the_papers_settings(capsys):
+def test_help_fits_two_screens_and_holds_the_papers_settings(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
         train.main(["--help"])
-    assert "--dims 512 1024 1536 2048" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 100
+    assert "--dims 512 1024 1536 2048" in text
+    assert "--lr RATE                     paper: 1e-5 [0.003]" in text
+    assert "--no-report" in text
+    assert "--reach" not in text  # of the study
+    assert "--reach" in compare.parser().format_help()
+
+
+def test_without_a_terminal_an_epoch_is_a_line(tmp_path, capsys):
+    train.main([*SMALL, "--epochs", "2", "--no-report", "--output", str(tmp_path)])
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(", ")[0] for line in lines] == [
+        f"{run}: epoch {epoch} of 2" for run in ("base", "S2SD") for epoch in (1, 2)
+    ]
+    assert re.search(r"step 3, loss [\d.]+, Recall@1 0\.\d+, \d+ s$", lines[0])
+
+
+def test_with_a_terminal_there_is_a_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train.main([*SMALL, "--baseline-only", "--no-report", "--output", str(tmp_path)])
+    assert "3/3" in capsys.readouterr().err
 
 
 def test_icons_400_is_the_file_that_its_script_builds():

@@ -1,4 +1,4 @@
-"""Embedders fitted anew to frozen features, by base loss and KL, and their place in a run."""
+"""Refitted embedders of frozen features, by base loss and KL, and their place in a run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from test_examples import SMALL
 from test_trainer import parsed
 from trainer import by_name, export, objectives, ranks, refit, stop, training
 from trainer.images import Batches
+from trainer.report import REFIT
 from trees import inshop
 
 from s2sd_pml.functional import relation_kl, relation_kl_reference
@@ -102,9 +103,9 @@ def test_it_is_fitted_to_training_images_and_to_the_chosen_epoch(tmp_path, monke
     weights = run.model.trunk.state_dict(), run.trained.trunk.state_dict()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     for tested in (run.spaces["test"], run.spaces["gallery"]):
-        assert torch.equal(tested["refit"], run.refitted(tested["features"]))
-        assert not torch.equal(tested["refit"], tested["embeddings"])
-    assert "S2SD, refit" in run.scores
+        assert torch.equal(tested[REFIT], run.refitted(tested["features"]))
+        assert not torch.equal(tested[REFIT], tested["embeddings"])
+    assert "S2SD, refitted embedder" in run.scores
     assert run.rows()[-1][-1] == pytest.approx(run.seconds + run.refit_seconds, abs=1e-3)
 
 
@@ -116,7 +117,7 @@ def test_its_configuration_repeats_it(tmp_path):
     flags = ["--baseline-only", "--refit", "3", "--no-report"]
     train.main([*SMALL, *flags, "--output", str(tmp_path / "first")])
     first = scores(tmp_path / "first")
-    assert ("base, refit", "MAP@R") in {row[:2] for row in first}
+    assert ("base, refitted embedder", "MAP@R") in {row[:2] for row in first}
     again = ["--no-report", "--output", str(tmp_path / "again")]
     train.main(["--config", str(tmp_path / "first" / "config.json"), *again])
     assert scores(tmp_path / "again") == first
@@ -132,14 +133,21 @@ def test_a_run_tests_and_exports_the_new_embedder(tmp_path, capsys):
     model = tmp_path / "model.pt"
     plain = scores("plain")
     with_kl = scores("kl", "--refit", "20", "--export", str(model))
-    assert "its embedder fitted anew" in capsys.readouterr().out
-    assert {run for run, _ in with_kl} == {run for run, _ in plain} | {"base, refit", "S2SD, refit"}
+    assert "with the refitted embedder" in capsys.readouterr().out
+    assert {run for run, _ in with_kl} == {run for run, _ in plain} | {
+        "base, refitted embedder",
+        "S2SD, refitted embedder",
+    }
     assert all(with_kl[key] == value for key, value in plain.items())  # the run is the same
     for run in ("base", "S2SD"):
-        assert with_kl[f"{run}, refit", "MAP@R"] != with_kl[run, "MAP@R"]
+        assert with_kl[f"{run}, refitted embedder", "MAP@R"] != with_kl[run, "MAP@R"]
     without = scores("no-kl", "--refit", "20", "--refit-weight", "0")
-    assert without["base, refit", "MAP@R"] == with_kl["base, refit", "MAP@R"]
-    assert without["S2SD, refit", "MAP@R"] != with_kl["S2SD, refit", "MAP@R"]
+    assert (
+        without["base, refitted embedder", "MAP@R"] == with_kl["base, refitted embedder", "MAP@R"]
+    )
+    assert (
+        without["S2SD, refitted embedder", "MAP@R"] != with_kl["S2SD, refitted embedder", "MAP@R"]
+    )
 
     args = parsed(*SMALL, "--refit", 20)
     split, _ = training.prepare(args)
@@ -147,15 +155,14 @@ def test_a_run_tests_and_exports_the_new_embedder(tmp_path, capsys):
     images = split.test[list(range(len(split.test))), None][0]
     with torch.no_grad():
         recall = training.recall_at_k(exported(images), split.test.labels, ks=(1,))["Recall@1"]
-    assert recall == pytest.approx(float(with_kl["S2SD, refit", "Recall@1"]), abs=5e-3)
+    assert recall == pytest.approx(float(with_kl["S2SD, refitted embedder", "Recall@1"]), abs=5e-3)
     assert recall > float(with_kl["S2SD", "Recall@1"]) + 0.01
 
 
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
-        (["--refit", "5", "--nested", "8"], "--refit fits by the base loss and heads"),
-        (["--refit", "5", "--teacher", __file__], "--refit fits by the base loss and heads"),
+        (["--refit", "5", "--matryoshka-dims", "8"], "--refit fits one size"),
         (["--refit-weight", "5"], "--refit-weight is for --refit"),
     ],
 )

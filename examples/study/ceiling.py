@@ -4,16 +4,16 @@
     python examples/study/ceiling.py --recipe emoji-lite0-msim --seeds 0 --temperature 0.1 \\
         --exclude-self
 
-Trains a network with auxiliary heads that do not teach, freezes it, and fits a linear embedder of
-every size to its features:
+Trains a network with auxiliary heads without distillation, freezes it, and fits a linear
+embedder of every size to its features:
 
     base              by the base loss alone, on the training images
-    base + KL         with γ times the KL to the heads beside it: --distill-weight, --temperature
+    base + KL         with γ times the KL to the heads as well: --distill-weight, --temperature
     KL                by the KL alone
     KL, tested images by the KL alone, on the very images that are tested: no method, but an
                       estimate of what copying these teachers could give at best
     heads             the teachers themselves, joined: their mean cosine
-    trained along     the embedder of --embedding-size that was trained with the trunk
+    trained jointly   the embedder of --embedding-size that was trained with the trunk
 
 The trunk is the same for all, so what the KL adds is seen without its noise. With --baseline-only
 it is that of the base loss, without heads, and embedders are fitted by the base loss alone. Flags
@@ -36,34 +36,41 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # of trainer and study
 
 from trainer import objectives, options, report, stop, training
 from trainer.evaluate import recall_at_k
+from trainer.flags import Parser, count, positive
 from trainer.reach import PAPERS
 from trainer.refit import fit, freeze
 from trainer.report import Run
 
-from study import compare
+from study.summary import BASE, METRIC, Row, draw, table
 
 KINDS = {  # are the base loss and the KL in force, and which images are fitted?
-    compare.BASE: (True, False, "train"),
+    BASE: (True, False, "train"),
     "base + KL": (True, True, "train"),
     "KL": (False, True, "train"),
     "KL, tested images": (False, True, "test"),
 }
-ALONG = "trained along"
+JOINTLY = "trained jointly"
 STEPS = 500
 
 
-def measure(args: argparse.Namespace, run: Run, split: Any, sizes: list[int]) -> list[compare.Row]:
+def measure(args: argparse.Namespace, run: Run, split: Any, sizes: list[int]) -> list[Row]:
     """Recall@1 of every kind of embedder at every size, and of the teachers."""
     images = {"train": split.train, "test": split.test}
     spaces = {part: run.project(images[part], args.workers) for part in images}
     parts = {part: freeze(spaces[part], images[part].labels) for part in images}
     tested = parts["test"]
-    beside = report.settings(args, split)
-    del beside["seed"]
+    settings = report.settings(args, split)
+    del settings["seed"]
 
-    def row(method: str, size: int, embeddings: Tensor) -> compare.Row:
-        recall = recall_at_k(embeddings, tested.labels, ks=(1,))[compare.METRIC]
-        return {"method": method, "size": size, "seed": args.seed, compare.METRIC: recall, **beside}
+    def row(method: str, size: int, embeddings: Tensor) -> Row:
+        recall = recall_at_k(embeddings, tested.labels, ks=(1,))[METRIC]
+        return {
+            "method": method,
+            "size": size,
+            "seed": args.seed,
+            METRIC: recall,
+            **settings,
+        }
 
     rows = []
     for size in sizes:
@@ -78,27 +85,38 @@ def measure(args: argparse.Namespace, run: Run, split: Any, sizes: list[int]) ->
         if tested.teacher is not None:
             rows.append(row("heads", size, tested.teacher))
         if size == args.embedding_size:
-            rows.append(row(ALONG, size, spaces["test"]["embeddings"]))
+            rows.append(row(JOINTLY, size, spaces["test"]["embeddings"]))
     return rows
 
 
 def parser() -> argparse.ArgumentParser:
     """Sizes and seeds; what it does not know goes to train.py."""
-    main = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="All other flags are those of train.py.",
-        allow_abbrev=False,
+    main = Parser(description=__doc__.splitlines()[0], epilog=options.study_help())
+    add = main.add_argument
+    add(
+        "--sizes",
+        type=positive,
+        nargs="+",
+        default=[8, 16, 32, 64],
+        metavar="D",
+        help="embedding sizes",
     )
-    main.add_argument("--sizes", type=options.positive, nargs="+", default=[8, 16, 32, 64])
-    main.add_argument("--seeds", type=options.count, nargs="+", default=[0, 1, 2, 3, 4])
+    add(
+        "--seeds",
+        type=count,
+        nargs="+",
+        default=[0, 1, 2, 3, 4],
+        metavar="N",
+        help="one training each",
+    )
     return main
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train, freeze, fit, write and print."""
     own, rest = parser().parse_known_args(argv)
-    rows: list[compare.Row] = []
-    for seed in tqdm(own.seeds, desc="seeds"):
+    rows: list[Row] = []
+    for seed in tqdm(own.seeds, desc="seeds", disable=None):
         flags = ["--output", "runs/ceiling", *rest, "--seed", str(seed), "--quiet"]
         args = options.parse(options.parser(), flags)
         if args.teacher:
@@ -120,18 +138,18 @@ def main(argv: list[str] | None = None) -> None:
         run = trainer.train(stop.Request())  # not entered: Ctrl-C ends at once
         rows += measure(args, run, split, own.sizes)
         write(args.output, rows)
-    print(compare.table(rows))
+    print(table(rows))
 
 
-def write(folder: Path, rows: list[compare.Row]) -> None:
+def write(folder: Path, rows: list[Row]) -> None:
     """What is known so far."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "ceiling.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    (folder / "ceiling.md").write_text(compare.table(rows) + "\n")
-    compare.draw(rows, folder / "ceiling.png", paired=False)
+    (folder / "ceiling.md").write_text(table(rows) + "\n")
+    draw(rows, folder / "ceiling.png", paired=False)
 
 
 if __name__ == "__main__":

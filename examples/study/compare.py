@@ -20,16 +20,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-import numpy as np
-from scipy.stats import t as student_t
 from tqdm import tqdm
 
 from s2sd_pml import S2SDLoss
@@ -38,14 +34,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # of trainer and study
 
 import train
 from trainer import options
+from trainer.flags import Parser
 from trainer.report import REFIT
 
-matplotlib.use("Agg")
+from study.summary import (
+    BASE,
+    Row,
+    draw,
+    draw_differences,
+    names,
+    table,
+)
 
-import matplotlib.pyplot as plt
-
-BASE = "base"
-LARGE = 512  # dimensions of what is cut down by PCA, and of the teacher of two stages
+LARGE = 512  # dimensions of what is cut down by PCA, and of the teacher of two-stage distillation
 CUTS = "4 8 16 32 64 128 256"
 
 
@@ -70,7 +71,7 @@ SMALL = (
     f"--feature-distill-delay {RECIPE['feature_distill_delay']} {SOFTMAX} --linear-heads"
 )
 MSDF, MSDFA = SMALL.format(variant="msdf"), SMALL.format(variant="msdfa")
-# where heads teach the new embedder alone
+# where heads teach the refitted embedder alone
 KL = f"--refit-weight {RECIPE['distill_weight']} {SOFTMAX}"
 HEADS = "--s2sd-only --variant msd --feature-distill-weight 0 --distill-weight 0 {kl}"
 PREFIXES = "--embedding-size 128 --matryoshka-dims 16 32 64"
@@ -102,11 +103,9 @@ METHODS = {
     ),
     "MSDF and lite2": Method("--s2sd-only --variant msdf --teacher lite2"),
     "lite2": Method("--s2sd-only --teacher lite2 --dims --feature-distill-weight 0"),
-    "two stages": Method("--s2sd-only --dims --feature-distill-weight 0", teacher=BIG),
+    "two-stage distillation": Method("--s2sd-only --dims --feature-distill-weight 0", teacher=BIG),
 }
-METRIC = "Recall@1"
 STOPPED = 130  # the exit status after Ctrl-C
-Row = dict[str, Any]
 
 
 class Cell(NamedTuple):
@@ -173,6 +172,7 @@ def keep(cell: Cell, wall_seconds: float) -> None:
         **config.pop("versions"),
         **config,
     }
+    cell.path.parent.mkdir(parents=True, exist_ok=True)
     temporary = cell.path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content))
     os.replace(temporary, cell.path)
@@ -193,9 +193,8 @@ def grid(args: argparse.Namespace, rest: list[str]) -> list[Entry]:
     if refitted and not known.refit:
         raise SystemExit(f"{refitted[0]!r} needs --refit STEPS, such as --refit 500")
     if others := [name for name in methods if "Matryoshka" in name and known.refit]:
-        raise SystemExit(f"{others[0]!r} has no refitted embedder: run it without --refit")
+        raise SystemExit(f"{others[0]!r} has no {REFIT}: run it without --refit")
     common = [*rest, *(["--validation"] if args.validation else [])]
-    (args.output / "cells").mkdir(parents=True, exist_ok=True)
 
     def cell(flags: str, size: int | None, seed: int, teacher: Path | None = None) -> Cell:
         sized = [] if size is None else ["--embedding-size", str(size)]
@@ -239,7 +238,9 @@ def run(entries: list[Entry], workers: int) -> None:
     missing = [cell for path, cell in cells.items() if not path.exists()]
     with (
         ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
-        tqdm(total=len(cells), initial=len(cells) - len(missing), desc="cells") as bar,
+        tqdm(
+            total=len(cells), initial=len(cells) - len(missing), desc="cells", disable=None
+        ) as bar,
     ):
         for wave in (False, True):
             now = [cell for cell in missing if bool(cell.teacher) == wave]
@@ -247,6 +248,9 @@ def run(entries: list[Entry], workers: int) -> None:
                 for done in as_completed([pool.submit(run_cell, cell) for cell in now]):
                     done.result()
                     bar.update()
+                    if bar.disable:  # a log file
+                        there = sum(map(Path.exists, cells))
+                        print(f"{there} of {len(cells)} cells", file=sys.stderr, flush=True)
             except (KeyboardInterrupt, SystemExit) as error:
                 pool.shutdown(cancel_futures=True)
                 code = getattr(error, "code", STOPPED)
@@ -255,117 +259,27 @@ def run(entries: list[Entry], workers: int) -> None:
                 sys.exit(code)
 
 
-def interval(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95% confidence interval (Student's t); NaN for one value."""
-    x = np.array(list(values), dtype=float)
-    if len(x) < 2:
-        return float(x.mean()), float("nan")
-    half = student_t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
-    return float(x.mean()), float(half)
-
-
-def values(rows: list[Row], method: str, size: int) -> dict[int, float]:
-    """The metric in per cent by seed."""
-    return {r["seed"]: 100 * r[METRIC] for r in rows if (r["method"], r["size"]) == (method, size)}
-
-
-def differences(rows: list[Row], method: str, size: int) -> list[float]:
-    """Method minus base at the same seed."""
-    own, base = values(rows, method, size), values(rows, BASE, size)
-    return [own[seed] - base[seed] for seed in own if seed in base]
-
-
-def table(rows: list[Row]) -> str:
-    """Mean, and in brackets the paired difference to the base loss with its 95% interval."""
-    methods, sizes = names(rows)
-    lines = ["| method | " + " | ".join(map(str, sizes)) + " |", "| --- |" + " ---: |" * len(sizes)]
-    for method in methods:
-        cells = []
-        for size in sizes:
-            found = values(rows, method, size)
-            if not found:
-                cells.append("")  # such as Matryoshka beyond its dimensions
-                continue
-            mean, _ = interval(found.values())
-            paired = differences(rows, method, size) if method != BASE else []
-            shift, half = interval(paired) if paired else (0, 0)
-            bound = f" ± {half:.1f}" if len(paired) > 1 else ""  # one seed has none
-            cells.append(f"{mean:.1f}" + (f" ({shift:+.1f}{bound})" if paired else ""))
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def names(rows: list[Row]) -> tuple[list[str], list[int]]:
-    """The methods in the order of the grid, and the sizes."""
-    return list(dict.fromkeys(r["method"] for r in rows)), sorted({r["size"] for r in rows})
-
-
-def draw_differences(rows: list[Row], path: Path) -> None:
-    """What every method gains: against embedding size, or in rows if there is one size."""
-    methods, sizes = names(rows)
-    if len(sizes) > 1:
-        return draw(rows, path, paired=True)
-    shown = [method for method in reversed(methods) if method != BASE]
-    means, halves = zip(*(interval(differences(rows, m, sizes[0])) for m in shown), strict=True)
-    height = 1.1 + 0.28 * len(shown)
-    figure, axes = plt.subplots(figsize=(7.2, height), layout="constrained")
-    axes.errorbar(means, shown, xerr=np.nan_to_num(halves), fmt="o", ms=4, capsize=2)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(xlabel=f"{METRIC} minus base, points\n(unseen classes, {sizes[0]} dimensions)")
-    axes.set_ylim(-0.6, len(shown) - 0.4)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def draw(rows: list[Row], path: Path, paired: bool) -> None:
-    """The metric, or its paired difference to the base loss, against embedding size."""
-    methods, sizes = names(rows)
-    figure, axes = plt.subplots(figsize=(6.8, 4.4), layout="constrained")
-    for place, method in enumerate(methods):
-        if paired and method == BASE:
-            continue
-        of = differences if paired else (lambda *a: list(values(*a).values()))
-        known = [s for s in sizes if of(rows, method, s)]
-        means, halves = zip(*(interval(of(rows, method, s)) for s in known), strict=True)
-        x = [s * 1.03 ** (place - len(methods) / 2) for s in known]  # side by side
-        axes.errorbar(x, means, np.nan_to_num(halves), fmt=".-", capsize=2, label=method)
-    if paired:
-        axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, map(str, sizes))
-    kind = "minus base, points" if paired else "(%)"
-    axes.set(xlabel="embedding size", ylabel=f"{METRIC} on unseen classes {kind}")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def parser() -> argparse.ArgumentParser:
     """What to compare; what it does not know goes to train.py."""
-    main = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="All other flags are those of train.py.",
-        allow_abbrev=False,  # --seed is not --seeds
-    )
+    main = Parser(description=__doc__.splitlines()[0], epilog=options.study_help())
     add = main.add_argument
-    add("--sizes", type=int, nargs="+", default=[8, 16, 32, 64])
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    several: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "N"}
+    add("--sizes", **several, default=[8, 16, 32, 64], help="embedding sizes")
+    add("--seeds", **several, default=[0, 1, 2, 3, 4], help="of every method and size")
     usual = [name for name in METHODS if REFIT not in name]
-    add("--methods", nargs="*", choices=METHODS, default=usual, metavar="NAME")
+    listed = f"any of {'; '.join(METHODS)} [all without {REFIT}]"
+    add("--methods", nargs="*", choices=METHODS, metavar="NAME", help=listed)
+    main.set_defaults(methods=usual)
     add(
         "--method",
         action="append",
         default=[],
         metavar="'NAME: FLAGS'",
-        help="one of your own; 'NAME, refit: FLAGS' for its embedder fitted anew",
+        help=f"a custom method; 'NAME, {REFIT}: FLAGS' reports its {REFIT}",
     )
-    add("--validation", action="store_true", help="evaluate on held-out training classes")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="cells at a time")
-    add("--output", type=Path, default=Path("runs/compare"))
+    add("--validation", action="store_true", help="test on held-out training classes")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="cells at a time")
+    add("--output", type=Path, default=Path("runs/compare"), metavar="FOLDER", help="of results")
     return main
 
 

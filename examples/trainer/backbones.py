@@ -184,5 +184,8 @@ class _Method(nn.Module):
 def _needs(module: str, packages: str, what: str = "This backbone") -> Any:
     try:
         return importlib.import_module(module)
-    except (ImportError, RuntimeError) as error:  # torchvision raises the latter, beside a torch
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # torchvision raises the latter, with another torch
         raise ValueError(f"{what} needs `pip install {packages}`: {error}") from error

@@ -1,4 +1,4 @@
-"""Settings from files: ``--recipe NAME`` is one that comes along, ``--config FILE`` one's own.
+"""Settings from files: ``--recipe NAME`` is one of the project, ``--config FILE`` your own.
 
 A file holds flags without their dashes, ``batch_size: 112``. It is turned into a command line that
 stands before the one that was typed: the parser checks both, and what comes later wins.
@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-# What config.json of a run holds beside the flags, so that --config can repeat a run.
+# What config.json of a run holds besides the flags, so that --config can repeat a run.
 FACTS = ("command", "ranks", "versions")
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -97,7 +97,7 @@ NUMBERS = AFFINE + 3 + 3  # random ones of an augmentation: shape, background, c
 
 
 class EmojiError(OSError):
-    """The data set cannot be made; the message says what to do."""
+    """The data set cannot be made; the message suggests a fix."""
 
 
 def load(cache: Path | None = None) -> tuple[Tensor, Tensor, list[str]]:
@@ -158,7 +158,7 @@ def build(cache: Path) -> Arrays:
     cache.mkdir(parents=True, exist_ok=True)
     chosen = choose({name: unpack(tarball(name, cache)) for name in PACKAGES})
     counts = [len(drawings) for drawings in chosen.values()]
-    drawings = tqdm(chain(*chosen.values()), desc="drawing", total=sum(counts))
+    drawings = tqdm(chain(*chosen.values()), desc="drawing", total=sum(counts), disable=None)
     images = np.stack([draw(drawing) for drawing in drawings])
     labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     names = np.array(list(chosen))
@@ -204,7 +204,7 @@ def fetch(package: str, path: Path) -> None:
 
 
 def reason(stderr: str) -> str:
-    """Of what npm says, the line that tells why; codes come before it, advice after it."""
+    """Of what npm says, the line with the reason; codes come before it, advice after it."""
     lines = [re.sub(r"^npm (error|ERR!) ?", "", line) for line in stderr.strip().splitlines()]
     telling = [line for line in lines if not re.match(r"code |syscall |errno |path ", line)]
     return (telling or lines or ["it gave no reason"])[0]

@@ -7,6 +7,7 @@ batch is thus a function of numbers alone: no worker process, rank or resumed ru
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -138,7 +139,7 @@ class Files(Images):
 
 
 def check(*parts: Images) -> None:
-    """Open every file, without reading it whole: what is no image is told before training."""
+    """Open every file without reading it whole, to report before training what is no image."""
     for part in parts:
         for path in getattr(part, "paths", ()):
             try:
@@ -208,9 +209,11 @@ class Batches(Sampler[Key]):
         self.labels, self.batch_size, self.per_class = labels.tolist(), batch_size, per_class
         self.steps, self.seed = steps, seed  # steps of an epoch
         self.start, self.stop = 0, steps
-        classes, needed = len(set(self.labels)), batch_size // per_class
-        fits = per_class * max(1, min(needed, classes))
-        fix = f"use --batch-size {fits} --per-class {per_class}"
+        sizes, needed = Counter(self.labels).values(), batch_size // per_class
+        classes = len(sizes)
+        many = per_class if classes >= needed else min(batch_size // classes, *sizes)
+        many = max(many, per_class)  # more images of each where there are few classes
+        fix = f"use --batch-size {many * max(1, min(needed, classes))} --per-class {many}"
         if batch_size % per_class:
             raise ValueError(
                 f"--batch-size {batch_size} is no multiple of --per-class {per_class}: {fix}"

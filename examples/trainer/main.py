@@ -12,6 +12,7 @@ import torch
 from s2sd_pml.errors import S2SDError
 
 from . import (
+    baselines,
     checkpoint,
     events,
     export,
@@ -50,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
         network = make_network(args, split)
         for make in makers.values():
             make(args, network, len(split.train.names))
+        if args.teacher:
+            baselines.teacher(args.teacher, args.device)
         optim.Stepper(args, torch.optim.Adam(network.parameters()), network)
         make_batches(args, split.train)
         events.check(args)
@@ -138,5 +141,5 @@ def finish(args: argparse.Namespace, runs: list[Run], split: Split) -> None:
     print(f"\nMetrics and configuration are in {args.output}", end="")
     print(", with pictures in report.html" if args.report else "")
     if args.export:
-        again = ", its embedder fitted anew," if args.refit else ","
-        print(f"The {runs[-1].name} model{again} loaded back and compared, is in {args.export}")
+        which = " with the refitted embedder" if args.refit else ""
+        print(f"The {runs[-1].name} model{which}, loaded back and compared, is in {args.export}")

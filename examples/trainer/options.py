@@ -3,241 +3,126 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import sys
-import time
+import textwrap
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 
-from . import config, ranks
+from . import config
 from .backbones import MAKERS
+from .flags import Parser, count, decay, key_value, positive, rate, switch
 from .image_sets import SETS
 from .reach import PAPERS, WAYS
 
 DIMS = (256, 512)
 SIZES = {"icons400": 32, "emoji": 64}  # of images that have one
 FEATURE_DISTILL_WEIGHT = 10.0
+USAGE = "%(prog)s [--recipe NAME] [--config FILE] [--flag VALUE ...]"
 EPILOG = """\
-The settings of the authors' sample run for CUB200-2011 with ResNet50 and 128 dimensions:
-  python examples/train.py --recipe cub-r50-128-msim --root DIR
-See what it would do first with --dry-run, and try it on fewer epochs: later flags win. The other
-recipes, files in examples/recipes, are
-  {recipes}
-
-Those of the authors' sample runs hold the paper's settings: --variant msdfa
---dims 512 1024 1536 2048 --distill-weight 50 --feature-distill-weight 50
---feature-distill-delay 1000 --lr 1e-5 --weight-decay 4e-4 --batch-size 112 and so on.
-Without a recipe the settings are for a network of 0.1 million parameters, trained for half a
-minute on icons-400. The schedule and the weights were chosen on classes held out from training, as
---validation does; the other settings are first choices. Results repeat exactly at the same number
-of --threads only.
-
-torchrun --nproc_per_node=2 examples/train.py does the same on two processes, with the same flags.
+Every switch has a negation: --freeze-bn and --no-freeze-bn. Later flags win over earlier ones, and
+typed ones over those of a recipe or file. Recipes, for --recipe NAME, are
+{recipes}
+Those that start with cub-, cars- and sop- are the authors' sample runs with the paper's settings
+(--dims 512 1024 1536 2048 --distill-weight 50 ...). The defaults are for a network of 0.1 million
+parameters that is trained on icons-400 in half a minute.
+torchrun --nproc_per_node=2 examples/train.py runs two processes with the same flags and batches.
 """
-
-
-def key_value(text: str) -> tuple[str, Any]:
-    """``alpha=2`` -> ("alpha", 2). What is no Python literal stays a string."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
-    try:
-        return key, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return key, value
-
-
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def switch(default: bool = False) -> dict[str, Any]:
-    """A flag with its negation, so that a file's can be taken back."""
-    return {"action": argparse.BooleanOptionalAction, "default": default}
-
-
-def count(text: str) -> int:
-    """A whole number, 0 or above."""
-    return 0 if text.isdecimal() and int(text) == 0 else positive(text)
-
-
-def decay(text: str) -> float:
-    """A number between 0 and 1."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def rate(text: str) -> float:
-    """A finite number, 0 or above."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or above")
-    return value
-
-
-class Parser(argparse.ArgumentParser):
-    """Rank 0 speaks for all."""
-
-    def print_help(self, file: Any = None) -> None:
-        if ranks.rank() == 0:
-            super().print_help(file)
-
-    def error(self, message: str) -> NoReturn:
-        if ranks.rank():  # rank 0 has the same flags: it tells, and torchrun ends the others
-            time.sleep(10)
-        self.exit(2, f"{self.prog}: error: {message}\nAll flags: {self.prog} --help\n")
 
 
 def parser() -> argparse.ArgumentParser:
     """All flags, with the defaults of the demonstration."""
+    recipes = textwrap.indent(textwrap.fill(", ".join(config.names()), 96), "  ")
     main = Parser(
         description="Train a base loss and S2SD with the same seed and budget, and compare them on "
-        "unseen classes.",
-        epilog=EPILOG.format(recipes="\n  ".join(config.names())),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # a recipe's flags must not change what an abbreviation means
+        "unseen classes. Defaults are in brackets.",
+        usage=USAGE,
+        epilog=EPILOG.format(recipes=recipes),
     )
-    for flags in (
-        _files,
-        _data,
-        _network,
-        _base_loss,
-        _s2sd,
-        _beyond,
-        _baselines,
-        _training,
-        _machine,
-        _output,
-    ):
+    groups = (_files, _data, _network, _base_loss, _s2sd, _beyond, _training, _machine, _output)
+    for flags in groups:
         flags(main)
+    _study(main, shown=False)
     return main
 
 
+def study_help() -> str:
+    """The flags that only the study uses, which the trainer takes but does not list."""
+    alone = Parser(add_help=False, usage=argparse.SUPPRESS)
+    _study(alone, shown=True)
+    return f"All other flags are those of train.py; for the study there are\n{alone.format_help()}"
+
+
 def _files(main: argparse.ArgumentParser) -> None:
-    add = main.add_argument_group("settings from files; flags given beside them win").add_argument
-    add("--recipe", metavar="NAME", help="one of those below")
-    add("--config", type=Path, metavar="FILE", help="of your own: YAML, flag: value")
-    add("--dry-run", **switch(), help="print settings and counts of the data, and end")
+    add = main.add_argument_group("settings from files").add_argument
+    add("--recipe", metavar="NAME", help="settings that come with the project, listed below")
+    add("--config", type=Path, metavar="FILE", help="your own, in YAML; or config.json of a run")
+    add("--dry-run", **switch(), help="print settings and counts of the data, train nothing")
 
 
 def _data(main: argparse.ArgumentParser) -> None:
     add = main.add_argument_group("data").add_argument
-    add("--dataset", choices=SETS, default="icons400", help="default: %(default)s")
-    add("--root", type=Path, help="folder or table of the images; for emoji, the cache")
-    add("--image-size", type=positive, help="pixels of files; default: 224")
-    add("--workers", type=count, default=0, help="processes that load; default: %(default)s")
+    *others, last = SETS
     add(
-        "--validation",
-        **switch(),
-        help="evaluate on held-out training classes, to choose settings",
+        "--dataset",
+        choices=SETS,
+        default="icons400",
+        metavar="NAME",
+        help=f"{', '.join(others)} or {last}",
     )
-    add(
-        "--choose-epoch",
-        **switch(),
-        help="test the epoch that is best on held-out training classes",
-    )
-
+    add("--root", type=Path, metavar="PATH", help="folder or table of the images; emoji: cache")
+    add("--image-size", type=positive, metavar="PIXELS", help="of files [224]")
+    add("--workers", type=count, default=0, metavar="N", help="processes that load images")
+    add("--validation", **switch(), help="test on held-out training classes, to choose settings")
+    add("--choose-epoch", **switch(), help="test the epoch that is best on held-out classes")
     add(
         "--validation-share",
         type=float,
         default=0.2,
-        help="of the training classes, held out; default: %(default)s",
+        metavar="SHARE",
+        help="of the training classes that are held out",
     )
 
 
 def _network(main: argparse.ArgumentParser) -> None:
     add = main.add_argument_group("network").add_argument
-    add(
-        "--backbone",
-        default="cnn",
-        metavar="NAME",
-        help=f"{', '.join(MAKERS)} or a name of timm; default: %(default)s",
-    )
-    add("--embedding-size", type=positive, default=16, help="default: %(default)s, paper: 128")
+    backbones = f"{', '.join(MAKERS)} or a name of timm"
+    add("--backbone", default="cnn", metavar="NAME", help=backbones)
+    add("--embedding-size", type=positive, default=16, metavar="D", help="paper: 128")
     add("--weights", type=Path, metavar="FILE", help="state_dict of the backbone")
-    add(
-        "--pretrained",
-        **switch(True),
-        help="the backbone's own weights; default: yes",
-    )
-    add(
-        "--freeze-bn",
-        **switch(),
-        help="keep the statistics of batch norm, as the paper does",
-    )
+    add("--pretrained", **switch(True), help="random weights of the backbone")
+    add("--freeze-bn", **switch(), help="keep the statistics of batch norm, as the paper does")
 
 
 def _base_loss(main: argparse.ArgumentParser) -> None:
     group = main.add_argument_group("base loss, by class name of pytorch-metric-learning")
     add = group.add_argument
     pairs = {"type": key_value, "nargs": "+", "default": [], "metavar": "NAME=VALUE"}
-    add("--loss", default="MultiSimilarityLoss", metavar="CLASS", help="default: %(default)s")
-    add(
-        "--loss-args",
-        **pairs,
-        help="keyword arguments, such as alpha=2 beta=50; num_classes=auto is the data's",
-    )
-    add("--miner", default="MultiSimilarityMiner", metavar="CLASS", help="or none; as above")
-    add("--miner-args", **pairs, help="keyword arguments, such as epsilon=0.1")
+    add("--loss", default="MultiSimilarityLoss", metavar="CLASS", help="or another")
+    add("--loss-args", **pairs, help="such as alpha=2; num_classes=auto is the data's")
+    add("--miner", default="MultiSimilarityMiner", metavar="CLASS", help="or none")
+    add("--miner-args", **pairs, help="such as epsilon=0.1")
 
 
 def _s2sd(main: argparse.ArgumentParser) -> None:
     add = main.add_argument_group("S2SD").add_argument
-    add(
-        "--variant",
-        default="msdf",
-        choices=("dsd", "msd", "msdf", "msdfa"),
-        help="one head; several; and feature distillation; and max pooling; default: %(default)s",
-    )
-    add(
-        "--dims",
-        type=positive,
-        nargs="*",
-        metavar="D",
-        help=f"dimensions of the heads, none for no heads; default: {' '.join(map(str, DIMS))}, or "
-        "the last for dsd",
-    )
-    add("--linear-heads", **switch(), help="heads of one linear layer, in the place of two")
-    add("--temperature", type=float, default=1.0, help="default: %(default)s")
-    add("--distill-weight", type=float, default=10.0, help="γ; default: %(default)s, paper: 50")
-    add(
-        "--feature-distill-weight",
-        type=float,
-        help=f"γ_f; default: {FEATURE_DISTILL_WEIGHT}, paper: 50",
-    )
+    variants = ("dsd", "msd", "msdf", "msdfa")
+    add("--variant", default="msdf", choices=variants, metavar="NAME", help=", ".join(variants))
+    dims = f"dimensions of the heads, or nothing [{' '.join(map(str, DIMS))}; dsd: the last]"
+    add("--dims", type=positive, nargs="*", metavar="D", help=dims)
+    add("--linear-heads", **switch(), help="heads of one linear layer instead of two")
+    add("--temperature", type=float, default=1.0, metavar="T", help="of the softmaxes")
+    add("--distill-weight", type=float, default=10.0, metavar="γ", help="of heads, paper: 50")
+    weight = f"of features, for msdf and msdfa, paper: 50 [{FEATURE_DISTILL_WEIGHT}]"
+    add("--feature-distill-weight", type=float, metavar="γ_f", help=weight)
     add(
         "--feature-distill-delay",
         type=count,
         default=100,
-        help="step at which feature distillation starts; default: %(default)s, paper: 1000",
+        metavar="STEP",
+        help="where feature distillation starts, paper: 1000",
     )
-    add(
-        "--ramp",
-        type=count,
-        nargs=2,
-        metavar=("FROM", "TO"),
-        help="steps between which γ and γ_f rise from 0; default: full from the start",
-    )
-    add(
-        "--exclude-self",
-        **switch(),
-        help="leave self-similarities out of the softmaxes",
-    )
-    add(
-        "--reach",
-        default=PAPERS,
-        choices=WAYS,
-        help="how far the KL's gradient goes: into the trunk, as in the paper; no further than the "
-        "embedder; into the teachers as well; or detached, the base loss's no further than the "
-        "embedder either; default: %(default)s",
-    )
+    add("--exclude-self", **switch(), help="leave self-similarities out of the softmaxes")
 
 
 def _beyond(main: argparse.ArgumentParser) -> None:
@@ -248,104 +133,106 @@ def _beyond(main: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="D",
-        help="the first D dimensions of the embeddings are trained and tested too, in both runs",
+        help="train and test the first D dimensions too",
     )
-    add(
-        "--teacher",
-        metavar="FILE|NAME",
-        help="S2SD run: an exported model, or a pretrained backbone such as lite2, teaches as well",
-    )
-    add("--teacher-weight", type=rate, default=50.0, help="its weight; default: %(default)s")
-
-
-def _baselines(main: argparse.ArgumentParser) -> None:
-    add = main.add_argument_group("what one would try instead").add_argument
-    sizes: dict[str, Any] = {"type": positive, "nargs": "+", "default": [], "metavar": "D"}
-    add("--cut", **sizes, help="test the embeddings cut to D too, plainly and by PCA")
-    add(
-        "--refit",
-        type=positive,
-        metavar="STEPS",
-        help="test an embedder fitted anew to the features of the trained trunk too, and export it",
-    )
-    add("--refit-weight", type=rate, help="S2SD run: γ in it; default: --distill-weight")
+    teacher = "file of --export or pretrained backbone that teaches too"
+    add("--teacher", metavar="NAME", help=teacher)
+    add("--teacher-weight", type=rate, default=50.0, metavar="γ_t", help="of that teacher")
 
 
 def _training(main: argparse.ArgumentParser) -> None:
     add = main.add_argument_group("training, the same for both runs").add_argument
-    add("--epochs", type=positive, default=20, help="default: %(default)s, paper: 150")
-    add(
-        "--steps-per-epoch",
-        type=positive,
-        help="default: as many batches as the images fill; 50 for icons400",
-    )
-    add(
-        "--batch-size",
-        type=positive,
-        default=128,
-        help="of all processes together; default: %(default)s, paper: 112",
-    )
-    add("--per-class", type=positive, default=4, help="in a batch; default: %(default)s, paper: 2")
-    add("--accumulate", type=positive, default=1, metavar="N", help="batches of a step; default: 1")
-    add("--optimizer", choices=("adam", "adamw"), default="adam", help="default: %(default)s")
-    add("--lr", type=rate, default=3e-3, help="default: %(default)s, paper: 1e-5")
-    add("--embedder-lr", type=rate, help="of the embedder; default: --lr")
-    add("--head-lr", type=rate, help="of the auxiliary heads; default: --lr")
-    add("--loss-lr", type=rate, help="of proxies and other loss parameters; default: --lr")
-    add("--weight-decay", type=rate, default=4e-4, help="of the network; default: %(default)s")
-    add("--head-weight-decay", type=rate, default=0.0, help="default: %(default)s")
+    add("--epochs", type=positive, default=20, metavar="N", help="paper: 150")
+    steps = "[as many batches as the images fill; icons400: 50]"
+    add("--steps-per-epoch", type=positive, metavar="N", help=steps)
+    batch = "of all processes together, paper: 112"
+    add("--batch-size", type=positive, default=128, metavar="N", help=batch)
+    add("--per-class", type=positive, default=4, metavar="N", help="in a batch, paper: 2")
+    add("--accumulate", type=positive, default=1, metavar="N", help="batches of a step")
+    add("--optimizer", choices=("adam", "adamw"), default="adam", metavar="NAME", help="or adamw")
+    add("--lr", type=rate, default=3e-3, metavar="RATE", help="paper: 1e-5")
+    add("--embedder-lr", type=rate, metavar="RATE", help="of the embedder [--lr]")
+    add("--head-lr", type=rate, metavar="RATE", help="of the auxiliary heads [--lr]")
+    add("--loss-lr", type=rate, metavar="RATE", help="of proxies and other parameters [--lr]")
+    add("--weight-decay", type=rate, default=4e-4, metavar="RATE", help="of the network")
+    add("--head-weight-decay", type=rate, default=0.0, metavar="RATE", help="of the heads")
+    schedules = ("cosine", "constant", "multistep")
     add(
         "--schedule",
-        choices=("cosine", "constant", "multistep"),
+        choices=schedules,
         default="cosine",
-        help="of the learning rate; default: %(default)s, paper: constant",
+        metavar="NAME",
+        help=f"{', '.join(schedules)}; paper: constant",
     )
-    add("--warmup", type=count, default=0, metavar="STEPS", help="a linear rise; default: none")
+    add("--warmup", type=count, default=0, metavar="STEPS", help="a linear rise of the rate")
     add("--milestones", type=positive, nargs="+", default=[], metavar="EPOCH", help="of multistep")
-    add("--lr-gamma", type=float, help="of multistep; default: 0.3")
+    add("--lr-gamma", type=float, metavar="FACTOR", help="of multistep [0.3]")
     add("--clip-grad", type=float, metavar="NORM", help="of the network's gradient")
     add("--ema", type=decay, metavar="DECAY", help="test the moving average of the network")
-    add("--seed", type=count, default=0, help="default: %(default)s")
+    refit = "also test a refitted embedder for the trained trunk, and export it"
+    add("--refit", type=positive, metavar="STEPS", help=refit)
+    add("--seed", type=count, default=0, metavar="N", help="of the start, batches and augmentation")
 
 
 def _machine(main: argparse.ArgumentParser) -> None:
     add = main.add_argument_group("machine").add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=positive, help="CPU threads of PyTorch; default: its own choice")
-    add("--amp", choices=("none", "bf16", "fp16"), default="none", help="default: %(default)s")
-    add(
-        "--channels-last",
-        **switch(True),
-        help="layout of the network's tensors; default: yes",
-    )
-    add(
-        "--compile",
-        **switch(),
-        help="torch.compile the trunk",
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, metavar="NAME", help="cpu, cuda or another of PyTorch")
+    add("--threads", type=positive, metavar="N", help="of PyTorch; results repeat with the same N")
+    precision = "none, bf16 or fp16"
+    add("--amp", choices=("none", "bf16", "fp16"), default="none", metavar="TYPE", help=precision)
+    add("--channels-last", **switch(True), help="the default layout of tensors")
+    add("--compile", **switch(), help="torch.compile the trunk")
 
 
 def _output(main: argparse.ArgumentParser) -> None:
     add = main.add_argument_group("what to run and where to write").add_argument
     add("--baseline-only", **switch(), help="train the base loss alone")
     add("--s2sd-only", **switch(), help="train S2SD alone")
-    add("--output", type=Path, help="default: runs/DATASET")
+    add("--output", type=Path, metavar="FOLDER", help="[runs/DATASET]")
     add("--export", type=Path, metavar="FILE", help="write the deployable model, without heads")
-    add(
-        "--checkpoint-every",
-        type=positive,
-        metavar="N",
-        help="write a checkpoint to --output every N steps, and keep the last two of each run",
-    )
-    add(
-        "--resume",
-        **switch(),
-        help="go on from the newest whole checkpoints in --output, with the same settings",
-    )
+    every = "write a checkpoint every N steps, keep the last two"
+    add("--checkpoint-every", type=positive, metavar="N", help=every)
+    add("--resume", **switch(), help="go on from the newest checkpoints in --output")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases as well")
-    add("--nmi", **switch(True), help="measure NMI, slow for many classes; default: yes")
-    add("--report", **switch(True), help="pictures and report.html; default: yes")
-    add("--quiet", **switch(), help="no progress bars")
+    add("--nmi", **switch(True), help="leave out NMI, which is slow for many classes")
+    add("--report", **switch(True), help="no pictures, no report.html")
+    add("--quiet", **switch(), help="no progress")
+
+
+def _study(main: argparse.ArgumentParser, shown: bool) -> None:
+    """What only examples/study/ uses."""
+    add = main.add_argument_group().add_argument
+
+    def said(text: str) -> str:
+        return text if shown else argparse.SUPPRESS
+
+    add(
+        "--cut",
+        type=positive,
+        nargs="+",
+        default=[],
+        metavar="D",
+        help=said("base run: test the embeddings cut to D too, plainly and by PCA"),
+    )
+    add("--refit-weight", type=rate, metavar="γ", help=said("of --refit [--distill-weight]"))
+    add(
+        "--ramp",
+        type=count,
+        nargs=2,
+        metavar=("FROM", "TO"),
+        help=said("steps between which γ and γ_f rise from 0"),
+    )
+    add(
+        "--reach",
+        default=PAPERS,
+        choices=WAYS,
+        metavar="WHERE",
+        help=said(
+            "how far the KL's gradient goes: trunk, as in the paper; embedder, no further; "
+            "teachers, these as well; detached, the base loss's no further than the embedder either"
+        ),
+    )
 
 
 def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
@@ -376,7 +263,7 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error("--teacher is for the S2SD run, not with --baseline-only")
     if wrong := [d for d in args.matryoshka_dims if d >= args.embedding_size]:
         main.error(
-            f"--matryoshka-dims {wrong[0]} is no prefix of --embedding-size {args.embedding_size}"
+            f"--matryoshka-dims {wrong[0]} is not below --embedding-size {args.embedding_size}"
         )
     if args.refit and args.matryoshka_dims:
         main.error("--refit fits one size: not with --matryoshka-dims")
@@ -405,7 +292,7 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
     args.image_size = args.image_size or SIZES.get(args.dataset, 224)
     args.output = args.output or Path("runs") / args.dataset
     args.loss_args, args.miner_args = dict(args.loss_args), dict(args.miner_args)
-    for rate in ("embedder_lr", "head_lr", "loss_lr"):
-        if getattr(args, rate) is None:
-            setattr(args, rate, args.lr)
+    for name in ("embedder_lr", "head_lr", "loss_lr"):
+        if getattr(args, name) is None:
+            setattr(args, name, args.lr)
     return args

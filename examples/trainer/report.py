@@ -29,7 +29,7 @@ from .network import Network, pool
 
 COMPONENTS = ("base", "aux", "distill", "feature_distill")
 FIRST = "first "  # dimensions of a run's embeddings
-REFIT = "refit"  # the space of an embedder fitted anew
+REFIT = "refitted embedder"  # the space of an embedder fitted to the frozen features
 VALIDATION = "validation Recall@1"  # on held-out training classes, after an epoch
 COLUMNS = ("run", "epoch", "step", "metric", "value", "seconds")
 PROGRESS = ("epoch", "step", "chosen", "seconds", "recorded", "history")
@@ -62,7 +62,7 @@ class Run:
     # heads; and the scores of the first and the last, by name.
     spaces: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     scores: Scores = field(default_factory=dict)
-    refitted: nn.Linear | None = None  # the embedder of --refit, tested beside the model's own
+    refitted: nn.Linear | None = None  # the embedder of --refit, tested as well as the model's own
     refit_seconds: float = 0.0  # what it took
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,6 +90,12 @@ class Run:
             row for who, values in self.scores.items() for row in self._rows(who, values, chosen)
         ]
         return self.history + final
+
+    def line(self, epochs: int) -> str:
+        """This epoch, for a log."""
+        values = [f"{m} {v:.3g}" for _, epoch, _, m, v, _ in self.history if epoch == self.epoch]
+        where = f"{self.name}: epoch {self.epoch} of {epochs}, step {self.step}"
+        return ", ".join([where, *values, f"{self.seconds:.0f} s"])
 
     def _rows(self, who: str, values: dict[str, float], epoch: int | None = None) -> list[Row]:
         seconds = self.seconds + (self.refit_seconds if who.endswith(REFIT) else 0.0)
@@ -168,7 +174,7 @@ def mean(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def table(runs: list[Run]) -> str:
-    """Metrics in per cent: base, S2SD, their difference, and every head as a teacher."""
+    """Metrics in %: base, S2SD, their difference, and every head as a teacher."""
     scores = {name: values for run in runs for name, values in run.scores.items()}
     seconds = {run.name: run.seconds for run in runs}
     seconds |= {f"{run.name}, {REFIT}": run.seconds + run.refit_seconds for run in runs}
@@ -212,7 +218,7 @@ def title(args: argparse.Namespace, split: Split) -> str:
     return (
         f"{args.dataset}: {args.loss}{s2sd}, embedding size {args.embedding_size}, "
         f"{args.epochs * args.steps_per_epoch} steps, seed {args.seed}; "
-        f"{len(split.test.names)} {kind} classes, {len(split.test)} images; per cent"
+        f"{len(split.test.names)} {kind} classes, {len(split.test)} images; %"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -119,8 +120,9 @@ class Trainer:
                 worker_init_fn=stop.ignore,
             )
         )
-        silent = args.quiet or not main_rank
-        with tqdm(total=self.total, initial=run.step, desc=f"{run.name:4}", disable=silent) as bar:
+        speaks = main_rank and not args.quiet
+        bars = speaks and sys.stderr.isatty()  # a log file gets a line an epoch
+        with tqdm(total=self.total, initial=run.step, desc=run.name, disable=not bars) as bar:
             while run.step < self.total:
                 start = time.perf_counter()
                 found = [self.batch(*next(loader)) for _ in range(args.accumulate)]
@@ -137,6 +139,8 @@ class Trainer:
                     if main_rank:
                         self.look()
                         log.write(run.history)
+                    if speaks and not bars:
+                        print(run.line(args.epochs), file=sys.stderr, flush=True)
                 ended = ranks.on_any(asked.made, args.device)
                 every = args.checkpoint_every
                 due = every and (run.step % every == 0 or run.step == self.total)
