@@ -102,7 +102,7 @@ def test_two_ranks_give_what_one_process_gives_and_speak_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_of_one_rank_ends_all_and_is_told(tmp_path):
+def test_an_error_of_one_rank_ends_all_and_is_reported(tmp_path):
     script = tmp_path / "fail.py"
     script.write_text(
         "import ranks, report, train\n"
@@ -205,7 +205,7 @@ def test_bad_flags_end_with_one_clear_line(tmp_path, capsys, flags, words):
     assert not list(tmp_path.iterdir())
 
 
-def test_help_tells_the_papers_settings(capsys):
+def test_help_shows_the_papers_settings(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     assert "--dims 512 1024 1536 2048" in capsys.readouterr().out

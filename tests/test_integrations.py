@@ -22,7 +22,7 @@ RUNS = {
     "torchrun_2": [*TORCHRUN, "examples/torchrun_loop.py"],
 }
 BY_DEFAULT = ("plain",)  # the others are slow
-UNTRAINED = 15.0  # per cent of Recall@1, of a network with these 16 dimensions
+UNTRAINED = 15.0  # % of Recall@1, of a network with these 16 dimensions
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Embedders fitted anew to frozen features, by base loss and KL, and their place in a run."""
+"""Embedders refitted to frozen features, by base loss and KL, and their place in a run."""
 
 from __future__ import annotations
 

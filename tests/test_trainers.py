@@ -265,9 +265,9 @@ def test_the_example_of_sentence_transformers_runs(example, tmp_path):
 @pytest.mark.parametrize("name", ["hf_trainer.py", "sentence_transformers_trainer.py"])
 def test_the_examples_are_short_and_can_be_copied_alone(name):
     text = (ROOT / "examples" / name).read_text(encoding="utf-8")
-    beside = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"config"}
+    others = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"config"}
     imported = re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)
-    assert not beside & set(imported)
+    assert not others & set(imported)
     assert len(text.splitlines()) < 100
     assert "import S2SDLoss  # S2SD" in text
 
@@ -330,7 +330,7 @@ def test_a_learning_rate_finder_with_val_loader_and_reset():
     lr_finder.reset()
     assert same(values(model), whole[0])
     assert not same(values(loss_func), whole[1])
-    loss_func.load_state_dict(before)  # as docs/optimizer.md says
+    loss_func.load_state_dict(before)  # as docs/deploy.md says
     assert same(values(loss_func), whole[1])
     assert loss_func.step == 0
     for x, y in loader():
