@@ -81,6 +81,7 @@ def by_size(ax: Axes, found: tables.Rows, methods: Sequence[str], paired: bool) 
         dashed = method.endswith(tables.REFITTED)
         fewer = max(map(len, points.values()))
         label = f"{method} ({fewer} seeds)" if fewer < most else method
+        label = label.replace("small-data", "recipe small-data")
         ax.errorbar(
             x, means, [0 if math.isnan(half) else half for half in halves], color=colour,
             marker=marker, ms=6, mfc="none" if dashed else colour, ls="--" if dashed else "-",

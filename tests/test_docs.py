@@ -154,6 +154,7 @@ def test_snippets_and_prose_have_their_width(page):
     for number, line, code in lines(page):
         if code or not re.match(r" *(\||!\[)", line):
             assert len(line) <= (76 if code else 120), f"{page.name}:{number}: {line}"
+            assert code or not re.match(r" *\d\d+\. ", line), f"{page.name}:{number}: no list"
 
 
 LONG = {"study.md", "api.md", "changelog.md"}  # the appendix and what is looked up
