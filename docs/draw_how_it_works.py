@@ -23,9 +23,9 @@ from torch import Tensor
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "examples"))
 
-import icons  # noqa: E402
-from images import Batches  # noqa: E402
-from network import Network  # noqa: E402
+from trainer import icons  # noqa: E402
+from trainer.images import Batches  # noqa: E402
+from trainer.network import Network  # noqa: E402
 
 from s2sd_pml import S2SDLoss  # noqa: E402
 

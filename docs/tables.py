@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 from scipy.stats import ttest_1samp
 
 DOCS = Path(__file__).parent
-EXAMPLES = DOCS.parent / "examples"
-sys.path[:0] = [str(EXAMPLES / name) for name in (".", "study", "trainer")]
+sys.path.insert(0, str(DOCS.parent / "examples"))
 
-import compare  # noqa: E402
+from study import compare  # noqa: E402
 
 PERFORMANCE = DOCS / "performance.md"  # draw_performance.py writes its tables
 PAGES = [DOCS.parent / "README.md", *sorted({*DOCS.glob("*.md")} - {PERFORMANCE})]

@@ -13,14 +13,13 @@ import argparse
 import time
 from pathlib import Path
 
-import export
 import faiss
-import icons
 import plain_loop
 import torch
-from augment import RandomAffine
-from evaluate import apply
-from network import Network
+from trainer import export, icons
+from trainer.augment import RandomAffine
+from trainer.evaluate import apply
+from trainer.network import Network
 
 
 def search(model: Network, queries: torch.Tensor, gallery: torch.Tensor, k: int):

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import argparse
 
-import icons
 import lightning
 import torch
-from evaluate import recall_at_k
-from network import Network
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.samplers import MPerClassSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from trainer import icons
+from trainer.evaluate import recall_at_k
+from trainer.network import Network
 
 from s2sd_pml import S2SDLoss  # S2SD
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-import icons
 import torch
-from augment import RandomAffine
-from evaluate import apply, recall_at_k
-from network import Network
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.samplers import MPerClassSampler
 from torch.utils.data import DataLoader, TensorDataset
+from trainer import icons
+from trainer.augment import RandomAffine
+from trainer.evaluate import apply, recall_at_k
+from trainer.network import Network
 
 from s2sd_pml import S2SDLoss  # S2SD
 

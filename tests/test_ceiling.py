@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 
 import pytest
+from study import ceiling
 from test_examples import SMALL
 from trees import inshop
-
-import ceiling  # isort: skip
 
 
 def test_it_writes_a_row_for_every_embedder(tmp_path, capsys, monkeypatch):

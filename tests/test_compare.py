@@ -9,14 +9,11 @@ import signal
 
 import pytest
 import torch
+from study import compare
 from test_examples import SMALL
+from trainer import export, options, report
 
 from s2sd_pml import S2SDLoss
-
-import compare  # isort: skip
-import export  # isort: skip
-import options  # isort: skip
-import report  # isort: skip
 
 TINY = [*SMALL[:-2], "--workers", "2", "--seeds", "0", "1", "--sizes", "4", "8"]
 

@@ -8,11 +8,10 @@ import pytest
 import torch
 from helpers import Model, images, labels
 from pytorch_metric_learning import losses
+from study import diagnose
 from test_examples import SMALL
 
 from s2sd_pml import S2SDLoss
-
-import diagnose  # isort: skip
 
 
 def test_the_terms_add_up_and_the_loss_is_left_as_it_was():

@@ -7,17 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import train
 from pml import loss_names, miner_names
 from snippets import run
-from test_examples import SMALL  # noqa: F401 - puts the examples on the path
+from study import ceiling, compare
+from trainer import config, image_sets, options
 from trees import cub200, folder
-
-import ceiling  # isort: skip
-import compare  # isort: skip
-import config  # isort: skip
-import image_sets  # isort: skip
-import options  # isort: skip
-import train  # isort: skip
 
 import s2sd_pml
 

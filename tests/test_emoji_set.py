@@ -12,10 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import emoji_set
+from trainer import emoji_set
 
 # What every set has: two emoji, one also in tones of both spellings, a lamp, and a flag.
 COMMON = "apple hand hand-dark hand-medium-dark hand-light-skin-tone police-car-light flag-peru"

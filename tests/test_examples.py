@@ -13,6 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import train
+from trainer import evaluate, icons
+from trainer import images as image_module
+from trainer.by_name import make_loss, make_miner
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
@@ -20,13 +24,6 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")]),
 }
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import evaluate  # noqa: E402
-import icons  # noqa: E402
-import images as image_module  # noqa: E402
-import train  # noqa: E402
-from by_name import make_loss, make_miner  # noqa: E402
 
 # One thread: batches this small gain nothing from two, and two on a busy machine spin.
 SMALL = "--epochs 1 --steps-per-epoch 3 --batch-size 32 --dims 24 32 --threads 1".split()
@@ -105,7 +102,7 @@ def test_two_ranks_give_what_one_process_gives_and_speak_once(tmp_path):
 def test_an_error_of_one_rank_ends_all_and_is_reported(tmp_path):
     script = tmp_path / "fail.py"
     script.write_text(
-        "import ranks, report, train\n"
+        "import train\nfrom trainer import ranks, report\n"
         "def components(loss_func):\n"
         "    if ranks.rank() == 1:\n"
         "        raise RuntimeError('the disk of rank 1 is full')\n"

@@ -9,15 +9,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import train
 from PIL import Image
 from test_examples import final, read
+from trainer import image_sets, options, ranks
+from trainer.images import Batches, Files, crop
 from trees import PER_CLASS, TREES, cub200, folder, inshop, table
-
-import image_sets  # isort: skip
-import options  # isort: skip
-import ranks  # isort: skip
-import train  # isort: skip
-from images import Batches, Files, crop  # isort: skip
 
 
 def flags_of(dataset, root):

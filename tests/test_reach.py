@@ -6,12 +6,11 @@ import itertools
 
 import pytest
 import torch
+import train
 from pytorch_metric_learning import losses
 from test_examples import SMALL
 from torch import nn
-
-import reach  # isort: skip
-import train  # isort: skip
+from trainer import reach
 
 from s2sd_pml import S2SDLoss
 

@@ -7,15 +7,12 @@ import csv
 import pytest
 import torch
 import torch.nn.functional as F
+import train
 from test_examples import SMALL
 from test_trainer import parsed
+from trainer import by_name, export, objectives, ranks, refit, stop, training
+from trainer.images import Batches
 from trees import inshop
-
-import export  # isort: skip
-import ranks  # isort: skip
-import refit  # isort: skip
-import train  # isort: skip
-from images import Batches  # isort: skip
 
 from s2sd_pml.functional import relation_kl, relation_kl_reference
 
@@ -34,7 +31,7 @@ def test_what_is_fitted_falls():
     teacher = F.normalize(torch.randn(16, 20)[labels] + 0.5 * torch.randn(64, 20), dim=1)
     frozen = refit.freeze({"features": features, "head 20": teacher}, labels)
     args = parsed("--batch-size", 32, "--per-class", 4, "--temperature", 0.2, "--exclude-self")
-    loss_func, miner = train.pml_loss(args, 16)
+    loss_func, miner = by_name.pml_loss(args, 16)
 
     def found(**kinds):
         embeddings = refit.fit(args, frozen, 6, **kinds)(features)
@@ -59,7 +56,7 @@ def test_its_steps_are_those_of_adam_on_the_whole_objective(monkeypatch):
     centred = features - features.mean(dim=0)
     torch.testing.assert_close(embedder(features), centred @ frozen.principal[1][:, :4])
 
-    loss_func, miner = train.pml_loss(args, 8)
+    loss_func, miner = by_name.pml_loss(args, 8)
     optimizer = torch.optim.Adam(embedder.parameters())
     batches = Batches(labels, 12, 3, 2, args.seed)
     for (rows, _), lr in zip(batches, (refit.LR, refit.LR / 2), strict=True):  # half a cosine
@@ -93,10 +90,10 @@ def test_it_is_fitted_to_training_images_and_to_the_chosen_epoch(tmp_path, monke
     flags += " --epochs 1 --steps-per-epoch 2 --choose-epoch --validation-share 0.5 --ema 0.5"
     folders = ["--root", inshop(tmp_path), "--output", tmp_path / "out"]
     args = parsed(*flags.split(), "--quiet", *folders)
-    split, held_out = train.prepare(args)
-    trainer = train.Trainer("S2SD", train.s2sd_loss, args, split, held_out, {}, None)
+    split, held_out = training.prepare(args)
+    trainer = training.Trainer("S2SD", objectives.s2sd_loss, args, split, held_out, {}, None)
     trainer.best.update(2.0, 1)
-    run = trainer.train(train.stop.Request())
+    run = trainer.train(stop.Request())
     (frozen,) = seen
     assert torch.equal(frozen.labels, split.train.labels)
     spaces = run.project(split.train)  # of the start: an average, and what it was the average of
@@ -145,11 +142,11 @@ def test_a_run_tests_and_exports_the_new_embedder(tmp_path, capsys):
     assert without["S2SD, refit", "MAP@R"] != with_kl["S2SD, refit", "MAP@R"]
 
     args = parsed(*SMALL, "--refit", 20)
-    split, _ = train.prepare(args)
+    split, _ = training.prepare(args)
     exported = export.load(model)
     images = split.test[list(range(len(split.test))), None][0]
     with torch.no_grad():
-        recall = train.recall_at_k(exported(images), split.test.labels, ks=(1,))["Recall@1"]
+        recall = training.recall_at_k(exported(images), split.test.labels, ks=(1,))["Recall@1"]
     assert recall == pytest.approx(float(with_kl["S2SD, refit", "Recall@1"]), abs=5e-3)
     assert recall > float(with_kl["S2SD", "Recall@1"]) + 0.01
 

@@ -11,11 +11,9 @@ import subprocess
 
 import pytest
 import torch
+import train
 from test_examples import PICTURES, SMALL
-
-import page  # isort: skip
-import spaces  # isort: skip
-import train  # isort: skip
+from trainer import page, spaces
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+import train
 from helpers import D, Model, images, labels
 from pytorch_metric_learning import losses
+from trainer import checkpoint, export, icons
+from trainer.evaluate import apply
 
 from s2sd_pml import S2SDLoss
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import checkpoint  # noqa: E402
-import export  # noqa: E402
-import icons  # noqa: E402
-import train  # noqa: E402
-from evaluate import apply  # noqa: E402
 
 FLAGS = (
     "--epochs 2 --steps-per-epoch 3 --batch-size 16 --dims 24 32 --threads 1 "
@@ -40,7 +36,8 @@ STEPS = 6
 # and renaming, or after it.
 KILL = """
 import os, signal, sys
-import checkpoint, torch, train
+import torch, train
+from trainer import checkpoint
 moment, writes = sys.argv.pop(1), int(sys.argv.pop(1))
 count = 0
 def die():

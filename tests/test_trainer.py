@@ -11,23 +11,27 @@ import sys
 
 import pytest
 import torch
+import train
 import yaml
 from test_examples import FILES, SMALL, TORCHRUN, command, final, read
 from test_resume import assert_same, metrics
+from trainer import (
+    by_name,
+    checkpoint,
+    config,
+    export,
+    image_sets,
+    images,
+    network,
+    objectives,
+    optim,
+    options,
+    ranks,
+    report,
+    stop,
+    training,
+)
 from trees import cub200, folder
-
-import checkpoint  # isort: skip
-import config  # isort: skip
-import export  # isort: skip
-import image_sets  # isort: skip
-import images  # isort: skip
-import network  # isort: skip
-import optim  # isort: skip
-import options  # isort: skip
-import ranks  # isort: skip
-import report  # isort: skip
-import stop  # isort: skip
-import train  # isort: skip
 
 from s2sd_pml import S2SDLoss
 
@@ -192,15 +196,15 @@ def test_batch_norm_over_ranks_takes_half_precision(monkeypatch):
 def test_heads_are_of_one_layer_where_that_is_asked_for(tmp_path):
     for flag, layers in (("--linear-heads", 1), ("--no-linear-heads", 2)):
         args = parsed(flag, "--dims", 24, 32)
-        loss_func, _ = train.s2sd_loss(args, train.Network(4), 3)
+        loss_func, _ = objectives.s2sd_loss(args, network.Network(4), 3)
         found = [m for m in loss_func.modules() if isinstance(m, torch.nn.Linear)]
         assert len(found) == 2 * layers
 
 
 def rates(*flags, steps=8):
     args = parsed("--lr", 1, "--embedder-lr", 5, "--steps-per-epoch", 2, *flags)
-    model = train.Network(4)
-    optimizer = optim.make_optimizer(args, model, train.pml_loss(args, 3)[0])
+    model = network.Network(4)
+    optimizer = optim.make_optimizer(args, model, by_name.pml_loss(args, 3)[0])
     schedule = optim.make_schedule(args, optimizer, steps)
     found = []
     for _ in range(steps):
@@ -230,7 +234,7 @@ def test_frozen_batch_norm_keeps_its_statistics_and_learns_its_scale(tmp_path):
     assert len(means) == 4
     assert all(not mean.any() for mean in means)
     checkpoint.seed(0)
-    start = train.Network(16).state_dict()
+    start = network.Network(16).state_dict()
     scales = [name for name in found if re.fullmatch(r"trunk\.body\.\d\.2\.weight", name)]
     assert len(scales) == 4
     assert all(not torch.equal(found[name], start[name]) for name in scales)
@@ -238,7 +242,7 @@ def test_frozen_batch_norm_keeps_its_statistics_and_learns_its_scale(tmp_path):
 
 def test_the_epoch_is_chosen_on_held_out_classes(tmp_path, monkeypatch):
     values, states = iter([0.5, 0.7, 0.6]), []
-    original = train.recall_at_k
+    original = training.recall_at_k
 
     def scripted(embeddings, labels, ks, gallery=None):
         assert len(labels) == 40 * 8  # a fifth of the training classes
@@ -251,7 +255,7 @@ def test_the_epoch_is_chosen_on_held_out_classes(tmp_path, monkeypatch):
 
     best = optim.Best.update
     monkeypatch.setattr(optim.Best, "update", update)
-    monkeypatch.setattr(train, "recall_at_k", scripted)
+    monkeypatch.setattr(training, "recall_at_k", scripted)
     rows = main(tmp_path, "--choose-epoch", "--epochs", 3, "--baseline-only", "--export",
                 tmp_path / "model.pt")  # fmt: skip
     validation = [float(r["value"]) for r in rows if r["metric"] == "validation Recall@1"]
@@ -263,7 +267,7 @@ def test_the_epoch_is_chosen_on_held_out_classes(tmp_path, monkeypatch):
         r"^\| chosen epoch +\| +2 \|$", (tmp_path / "table.md").read_text(), re.MULTILINE
     )
     split = image_sets.load(parsed())
-    recall = original(train.apply(model, split.test), split.test.labels)
+    recall = original(training.apply(model, split.test), split.test.labels)
     assert final(rows, "base")["Recall@1"] == pytest.approx(recall["Recall@1"], abs=2e-3)
 
 
@@ -271,7 +275,8 @@ def test_the_epoch_is_chosen_on_held_out_classes(tmp_path, monkeypatch):
 
 INTERRUPT = """
 import os, signal, sys
-import ranks, report, train
+import train
+from trainer import ranks, report
 number, rank, calls = int(sys.argv.pop(1)), int(sys.argv.pop(1)), int(sys.argv.pop(1))
 original, count = report.components, 0
 def components(loss_func):  # within a step
@@ -434,10 +439,10 @@ def test_the_configuration_of_a_run_repeats_it(tmp_path):
 
 
 def test_the_weights_of_distillation_rise_along_the_ramp(tmp_path):
-    weight = train.ramp(parsed("--ramp", 2, 6, "--accumulate", 2), 8.0)
+    weight = objectives.ramp(parsed("--ramp", 2, 6, "--accumulate", 2), 8.0)
     assert [weight(forward) for forward in (0, 4, 8, 12, 100)] == [0, 0, 4, 8, 8]
-    assert train.ramp(parsed(), 8.0) == 8
-    assert train.ramp(parsed("--ramp", 2, 6), 0.0) == 0
+    assert objectives.ramp(parsed(), 8.0) == 8
+    assert objectives.ramp(parsed("--ramp", 2, 6), 0.0) == 0
     late = main(tmp_path / "late", "--s2sd-only", "--feature-distill-delay", 0, "--ramp", 100, 200)
     no_kl = ("--distill-weight", 0, "--feature-distill-weight", 0)
     none = main(tmp_path / "none", "--s2sd-only", *no_kl)
@@ -589,13 +594,13 @@ def test_the_recipes_are_the_authors_sample_runs(name, row):
     if name == "sop":
         assert (args.variant, args.feature_distill_weight) == ("msdf", 5)
         assert (args.loss, args.miner) == ("MarginLoss", "DistanceWeightedMiner")
-        loss_func, miner = train.pml_loss(args, 7)
+        loss_func, miner = by_name.pml_loss(args, 7)
         assert loss_func.beta.tolist() == pytest.approx([1.2] * 7)  # learned, one a class
         assert (loss_func.margin, miner.cutoff, miner.nonzero_loss_cutoff) == (0.2, 0.5, 1.4)
         assert args.loss_lr == 5e-4
     else:
         assert (args.variant, args.feature_distill_weight) == ("msdfa", 50)
-        loss_func, miner = train.pml_loss(args, 7)
+        loss_func, miner = by_name.pml_loss(args, 7)
         assert (loss_func.alpha, loss_func.beta, loss_func.base) == (2, 40, 0.5)
         assert miner.epsilon == 0.1
 
@@ -620,7 +625,7 @@ def test_a_folder_gets_one_pass_over_its_images_an_epoch(tmp_path):
     root = folder(tmp_path / "tree")
     flags = f"--dataset folder --root {root} --batch-size 4 --per-class 2 --accumulate 2"
     args = parsed_without_steps(*flags.split())
-    split, _ = train.prepare(args)
+    split, _ = training.prepare(args)
     assert args.steps_per_epoch == len(split.train) // 8 == 2
 
 

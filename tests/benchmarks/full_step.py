@@ -1,7 +1,7 @@
 """The full training step with a backbone, with S2SD and without: forward, backward, Adam.
 
 MultiSimilarityLoss with its miner, frozen batch norm, random images. The backbone is one of
-examples/backbones.py; lite0, EfficientNet-lite0, has its ImageNet weights.
+examples/trainer/backbones.py; lite0, EfficientNet-lite0, has its ImageNet weights.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from plain import LOSSES, PAPER_HEAD_DIMS, metric_loss
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-import backbones
-from network import Network
+from trainer import backbones
+from trainer.network import Network
 
 from s2sd_pml import S2SDLoss
 

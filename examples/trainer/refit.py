@@ -10,12 +10,13 @@ import argparse
 from typing import NamedTuple
 
 import torch
-from baselines import principal
-from by_name import pml_loss
-from images import Batches
 from torch import Tensor, nn
 
 from s2sd_pml.functional import relation_kl
+
+from .baselines import principal
+from .by_name import pml_loss
+from .images import Batches
 
 LR = 2e-3
 

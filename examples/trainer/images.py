@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import ranks
-import stop
 import torch
 from PIL import Image, ImageOps
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.utils import common_functions
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from . import ranks, stop
 
 Key = tuple[Sequence[int], "Sequence[int] | None"]
 KS = (1, 2, 4, 8)  # of Recall@K, by custom
@@ -116,12 +116,7 @@ class Files(Images):
         return Files([self.paths[row] for row in rows.tolist()], labels, names, self.size)
 
     def _read(self, path: Path, seed: int | None) -> Tensor:
-        size = (self.size, self.size)
-        try:
-            with Image.open(path) as file:
-                image = coloured(file)
-        except Exception as error:  # Pillow raises many
-            raise OSError(f"{path} cannot be read as an image: {error}") from error
+        size, image = (self.size, self.size), self.decoded(path)
         if seed is None:
             image = ImageOps.fit(image, size, Image.Resampling.BILINEAR, bleed=1 / 16)
         else:
@@ -131,6 +126,15 @@ class Files(Images):
             if random.random() < 0.5:
                 image = ImageOps.mirror(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # bytes: workers send them
+
+    @staticmethod
+    def decoded(path: Path) -> Image.Image:
+        """The whole image."""
+        try:
+            with Image.open(path) as file:
+                return coloured(file)
+        except Exception as error:  # Pillow raises many
+            raise OSError(f"{path} cannot be read as an image: {error}") from error
 
 
 def check(*parts: Images) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import backbones
 import torch
 from torch import Tensor, nn
+
+from . import backbones
 
 
 class Network(nn.Module):

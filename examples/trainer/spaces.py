@@ -8,12 +8,13 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from baselines import principal
-from evaluate import recall_at_k
-from images import Images, Split
-from report import Run
 from sklearn.manifold import TSNE
 from torch import Tensor
+
+from .baselines import principal
+from .evaluate import recall_at_k
+from .images import Images, Split
+from .report import Run
 
 matplotlib.use("Agg")
 

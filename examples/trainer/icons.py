@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from augment import AFFINE, affine, uniform
 from torch import Tensor
 
-PATH = Path(__file__).parent / "data" / "icons400.npz"
+from .augment import AFFINE, affine, uniform
+
+PATH = Path(__file__).parents[1] / "data" / "icons400.npz"
 
 
 class Icons(NamedTuple):

@@ -1,7 +1,8 @@
 """How good an embedding is that copies its teachers: an estimate of what the KL can give.
 
-    python examples/ceiling.py --validation --sizes 8 16 32 64
-    python examples/ceiling.py --recipe emoji-lite0-msim --seeds 0 --temperature 0.1 --exclude-self
+    python examples/study/ceiling.py --validation --sizes 8 16 32 64
+    python examples/study/ceiling.py --recipe emoji-lite0-msim --seeds 0 --temperature 0.1 \\
+        --exclude-self
 
 Trains a network with auxiliary heads that do not teach, freezes it, and fits a linear embedder of
 every size to its features:
@@ -23,20 +24,23 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 from pathlib import Path
 from typing import Any
 
-import compare
-import options
-import report
 import torch
-import train
-from evaluate import recall_at_k
-from reach import PAPERS
-from refit import fit, freeze
-from report import Run
 from torch import Tensor
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of trainer and study
+
+from trainer import objectives, options, report, stop, training
+from trainer.evaluate import recall_at_k
+from trainer.reach import PAPERS
+from trainer.refit import fit, freeze
+from trainer.report import Run
+
+from study import compare
 
 KINDS = {  # are the base loss and the KL in force, and which images are fitted?
     compare.BASE: (True, False, "train"),
@@ -105,15 +109,15 @@ def main(argv: list[str] | None = None) -> None:
             torch.set_num_threads(args.threads)
         others = {"distill_weight": 0.0, "feature_distill_weight": 0.0, "nmi": False}
         silent = argparse.Namespace(**{**vars(args), **others})
-        split, held_out = train.prepare(silent)
+        split, held_out = training.prepare(silent)
         if split.gallery is not None:
             parser().error(f"{args.dataset} has a gallery, which is not searched here")
         args.steps_per_epoch = silent.steps_per_epoch
-        which = ("S2SD", train.s2sd_loss)
+        which = ("S2SD", objectives.s2sd_loss)
         if args.baseline_only:
-            which = ("base", train.base_loss)
-        trainer = train.Trainer(*which, silent, split, held_out, {}, None)
-        run = trainer.train(train.stop.Request())  # not entered: Ctrl-C ends at once
+            which = ("base", objectives.base_loss)
+        trainer = training.Trainer(*which, silent, split, held_out, {}, None)
+        run = trainer.train(stop.Request())  # not entered: Ctrl-C ends at once
         rows += measure(args, run, split, own.sizes)
         write(args.output, rows)
     print(compare.table(rows))

@@ -46,10 +46,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from augment import AFFINE, affine, uniform
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
+
+from .augment import AFFINE, affine, uniform
 
 SETS, SIZE, SEED = 4, 64, 0
 FILE = "emoji-64.npz"

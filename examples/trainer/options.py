@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-import config
-import ranks
 import torch
-from backbones import MAKERS
-from image_sets import SETS
-from reach import PAPERS, WAYS
+
+from . import config, ranks
+from .backbones import MAKERS
+from .image_sets import SETS
+from .reach import PAPERS, WAYS
 
 DIMS = (256, 512)
 SIZES = {"icons400": 32, "emoji": 64}  # of images that have one
@@ -110,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
         _network,
         _base_loss,
         _s2sd,
+        _beyond,
         _baselines,
         _training,
         _machine,
@@ -198,9 +199,10 @@ def _s2sd(main: argparse.ArgumentParser) -> None:
     add(
         "--dims",
         type=positive,
-        nargs="+",
+        nargs="*",
         metavar="D",
-        help=f"dimensions of the heads; default: {' '.join(map(str, DIMS))}, or the last for dsd",
+        help=f"dimensions of the heads, none for no heads; default: {' '.join(map(str, DIMS))}, or "
+        "the last for dsd",
     )
     add("--linear-heads", **switch(), help="heads of one linear layer, in the place of two")
     add("--temperature", type=float, default=1.0, help="default: %(default)s")
@@ -238,11 +240,28 @@ def _s2sd(main: argparse.ArgumentParser) -> None:
     )
 
 
+def _beyond(main: argparse.ArgumentParser) -> None:
+    add = main.add_argument_group("beyond the paper").add_argument
+    add(
+        "--matryoshka-dims",
+        type=positive,
+        nargs="+",
+        default=[],
+        metavar="D",
+        help="the first D dimensions of the embeddings are trained and tested too, in both runs",
+    )
+    add(
+        "--teacher",
+        metavar="FILE|NAME",
+        help="S2SD run: an exported model, or a pretrained backbone such as lite2, teaches as well",
+    )
+    add("--teacher-weight", type=rate, default=50.0, help="its weight; default: %(default)s")
+
+
 def _baselines(main: argparse.ArgumentParser) -> None:
     add = main.add_argument_group("what one would try instead").add_argument
     sizes: dict[str, Any] = {"type": positive, "nargs": "+", "default": [], "metavar": "D"}
-    add("--nested", **sizes, help="base run: the loss on the first D dimensions as well")
-    add("--cut", **sizes, help="base run: test the embeddings cut to D too, plainly and by PCA")
+    add("--cut", **sizes, help="test the embeddings cut to D too, plainly and by PCA")
     add(
         "--refit",
         type=positive,
@@ -250,13 +269,6 @@ def _baselines(main: argparse.ArgumentParser) -> None:
         help="test an embedder fitted anew to the features of the trained trunk too, and export it",
     )
     add("--refit-weight", type=rate, help="S2SD run: γ in it; default: --distill-weight")
-    add(
-        "--teacher",
-        type=Path,
-        metavar="FILE",
-        help="S2SD run: no heads, but an exported model as the teacher; its γ is "
-        "--feature-distill-weight",
-    )
 
 
 def _training(main: argparse.ArgumentParser) -> None:
@@ -358,14 +370,16 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error(f"--ramp {args.ramp[0]} {args.ramp[1]}: the second step must be the later one")
     if (args.schedule == "multistep") != bool(args.milestones):
         main.error("--schedule multistep and --milestones EPOCH ... go together")
-    if args.teacher is not None and (args.variant != "msdf" or not args.teacher.exists()):
-        main.error(f"--teacher {args.teacher} must be a file of --export, with --variant msdf")
     if args.reach != PAPERS and (args.variant == "msdfa" or args.teacher or args.baseline_only):
         main.error(f"--reach {args.reach} is for the S2SD run of dsd, msd and msdf, with heads")
-    if ((args.nested or args.cut) and args.s2sd_only) or (args.teacher and args.baseline_only):
-        main.error("--nested and --cut are for the base run, --teacher is for that of S2SD")
-    if args.refit and (args.nested or args.teacher):
-        main.error("--refit fits by the base loss and heads: not with --nested or --teacher")
+    if args.teacher and args.baseline_only:
+        main.error("--teacher is for the S2SD run, not with --baseline-only")
+    if wrong := [d for d in args.matryoshka_dims if d >= args.embedding_size]:
+        main.error(
+            f"--matryoshka-dims {wrong[0]} is no prefix of --embedding-size {args.embedding_size}"
+        )
+    if args.refit and args.matryoshka_dims:
+        main.error("--refit fits one size: not with --matryoshka-dims")
     if args.refit_weight is not None and not args.refit:
         main.error("--refit-weight is for --refit")
     if large := [cut for cut in args.cut if cut > args.embedding_size]:
@@ -380,7 +394,8 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.weights is not None and not args.weights.exists():
         main.error(f"--weights {args.weights} does not exist")
-    args.dims = args.dims or (DIMS[-1:] if args.variant == "dsd" else DIMS)
+    if args.dims is None:
+        args.dims = DIMS[-1:] if args.variant == "dsd" else DIMS
     if args.feature_distill_weight is None:
         args.feature_distill_weight = FEATURE_DISTILL_WEIGHT if distils_features else 0.0
     if args.refit and args.refit_weight is None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from evaluate import nearest
-from images import Images, Split
-from report import Run
+
+from .evaluate import nearest
+from .images import Images, Split
+from .report import Run
 
 matplotlib.use("Agg")  # draws to files, with or without a screen
 

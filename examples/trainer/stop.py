@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-import ranks
+from . import ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ranks
 import torch
+
+from . import ranks
 
 KIND = "checkpoint of the example trainer, version 1"
 State = dict[str, Any]

@@ -7,11 +7,12 @@ import math
 from typing import Any
 
 import torch
-from network import Network
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from s2sd_pml import S2SDLoss
+
+from .network import Network
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

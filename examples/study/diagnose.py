@@ -1,7 +1,7 @@
 """What each term of S2SD does over training: its gradient on trunk and embedder, and agreement.
 
-    python examples/diagnose.py --distill-weight 50 --feature-distill-weight 50
-    python examples/diagnose.py --recipe emoji-lite0-msim --output runs/diagnose
+    python examples/study/diagnose.py --distill-weight 50 --feature-distill-weight 50
+    python examples/study/diagnose.py --recipe emoji-lite0-msim --output runs/diagnose
 
 After every epoch, on one batch that stays the same: the norm of each weighted term's gradient with
 respect to the trunk and to the embedder; the correlation of the student's similarities with each
@@ -11,24 +11,25 @@ teacher's; and ρ, how unevenly the spaces are used. All flags are those of trai
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import options
-import report
-import stop
 import torch
 import torch.nn.functional as F
-import train
-from evaluate import recall_at_k
-from images import Batches
-from network import pool
-from reach import PAPERS
-from spaces import rho
 from torch import Tensor, nn
 
 from s2sd_pml import S2SDLoss
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of trainer and study
+
+from trainer import objectives, options, report, stop, training
+from trainer.evaluate import recall_at_k
+from trainer.images import Batches
+from trainer.network import pool
+from trainer.reach import PAPERS
+from trainer.spaces import rho
 
 matplotlib.use("Agg")
 
@@ -81,7 +82,7 @@ def terms(loss_func: S2SDLoss, embeddings: Tensor, labels: Tensor, features: Ten
     return found
 
 
-class Diagnosed(train.Trainer):
+class Diagnosed(training.Trainer):
     """The S2SD run of the trainer, looked at after every epoch."""
 
     def __init__(self, *args: Any) -> None:
@@ -158,10 +159,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"--reach {args.reach}: what is taken apart here is the paper's objective")
     if args.threads:
         torch.set_num_threads(args.threads)
-    split, held_out = train.prepare(args)
+    split, held_out = training.prepare(args)
     args.output.mkdir(parents=True, exist_ok=True)
     report.write_config(args)
-    trainer = Diagnosed("S2SD", train.s2sd_loss, args, split, held_out, {}, None)
+    trainer = Diagnosed("S2SD", objectives.s2sd_loss, args, split, held_out, {}, None)
     with stop.Request() as asked:
         trainer.train(asked)
     with open(args.output / "diagnosis.csv", "w", newline="") as file:

@@ -1,8 +1,8 @@
 """Compare methods over embedding sizes and seeds, on classes that none of them has seen.
 
-    python examples/compare.py --sizes 8 16 32 --seeds 0 1 2
-    python examples/compare.py --validation --method "T=0.5: --variant msd --temperature 0.5"
-    python examples/compare.py --steps-per-epoch 200   # flags of train.py go to every run
+    python examples/study/compare.py --sizes 8 16 32 --seeds 0 1 2
+    python examples/study/compare.py --validation --method "T=0.5: --variant msd --temperature 0.5"
+    python examples/study/compare.py --steps-per-epoch 200   # flags of train.py go to every run
 
 A cell of the grid is one run of train.py. Finished cells are kept in ``--output`` and never run
 again, so a grid can be stopped at any time and grow later. Written from all of them: results.csv
@@ -29,13 +29,16 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-import options
-import train
-from report import REFIT
 from scipy.stats import t as student_t
 from tqdm import tqdm
 
 from s2sd_pml import S2SDLoss
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of trainer and study
+
+import train
+from trainer import options
+from trainer.report import REFIT
 
 matplotlib.use("Agg")
 
@@ -69,30 +72,37 @@ SMALL = (
 MSDF, MSDFA = SMALL.format(variant="msdf"), SMALL.format(variant="msdfa")
 # where heads teach the new embedder alone
 KL = f"--refit-weight {RECIPE['distill_weight']} {SOFTMAX}"
-HEADS = "--s2sd-only --variant msd --distill-weight 0 {kl}"
+HEADS = "--s2sd-only --variant msd --feature-distill-weight 0 --distill-weight 0 {kl}"
+PREFIXES = "--embedding-size 128 --matryoshka-dims 16 32 64"
 BIG = f"--baseline-only --embedding-size {LARGE} --cut {CUTS}"
 METHODS = {
     BASE: Method("--baseline-only", "base"),
     "heads, no KL": Method(HEADS),
-    "DSD": Method("--s2sd-only --variant dsd"),
-    "MSD": Method("--s2sd-only --variant msd"),
+    "DSD": Method("--s2sd-only --variant dsd --feature-distill-weight 0"),
+    "MSD": Method("--s2sd-only --variant msd --feature-distill-weight 0"),
     "MSDF": Method("--s2sd-only --variant msdf"),
     "MSDFA": Method("--s2sd-only --variant msdfa"),
     "MSDF, small-data": Method(MSDF),
     "MSDFA, small-data": Method(MSDFA),
     "base, twice the steps": Method("--baseline-only --epochs {twice}", "base"),
     f"base, {REFIT}": Method("--baseline-only", f"base, {REFIT}"),
+    f"MSDF, {REFIT}": Method("--s2sd-only --variant msdf", f"S2SD, {REFIT}"),
     f"heads, {REFIT}": Method(HEADS, f"S2SD, {REFIT}"),
     f"MSDF, small-data, {REFIT}": Method(MSDF, f"S2SD, {REFIT}"),
     f"MSDFA, small-data, {REFIT}": Method(MSDFA, f"S2SD, {REFIT}"),
     f"base {LARGE} + PCA": Method(BIG, "PCA {size}", sized=False),
-    "nested": Method(
-        f"--baseline-only --embedding-size 128 --nested 8 16 32 64 --cut {CUTS[:-4]}",
-        "first {size}",
-        sized=False,
-        largest=128,
+    "Matryoshka": Method(
+        f"--baseline-only {PREFIXES}", "base, first {size}", sized=False, largest=128
     ),
-    "two stages": Method("--s2sd-only --variant msdf --feature-distill-delay 0", teacher=BIG),
+    "MSDF, Matryoshka": Method(
+        f"--s2sd-only --variant msdf {PREFIXES}", "S2SD, first {size}", sized=False, largest=128
+    ),
+    "MSDF, small-data, Matryoshka": Method(
+        f"{MSDF} {PREFIXES}", "S2SD, first {size}", sized=False, largest=128
+    ),
+    "MSDF and lite2": Method("--s2sd-only --variant msdf --teacher lite2"),
+    "lite2": Method("--s2sd-only --teacher lite2 --dims --feature-distill-weight 0"),
+    "two stages": Method("--s2sd-only --dims --feature-distill-weight 0", teacher=BIG),
 }
 METRIC = "Recall@1"
 STOPPED = 130  # the exit status after Ctrl-C
@@ -106,6 +116,21 @@ class Cell(NamedTuple):
     path: Path
     teacher: Path | None = None
 
+    @property
+    def folder(self) -> Path:
+        """What train.py writes."""
+        return self.path.with_suffix("")
+
+    @property
+    def output(self) -> list[str]:
+        """The flags that depend on where this is, not on what is trained."""
+        flags = ["--quiet", "--no-report", "--output", str(self.folder)]
+        if f"--embedding-size {LARGE}" in " ".join(self.flags):
+            flags += ["--export", str(self.folder / "model.pt")]
+        if self.teacher:
+            flags += ["--teacher", str(self.teacher.with_suffix("") / "model.pt")]
+        return flags
+
 
 class Entry(NamedTuple):
     """One row of the results: what it is, and where it is found."""
@@ -118,21 +143,20 @@ class Entry(NamedTuple):
 
 
 def run_cell(cell: Cell) -> None:
-    """Train one cell and write its results, whole or not at all."""
+    """Train one cell, from where it was stopped, if it was."""
     start = time.perf_counter()
-    folder = cell.path.with_suffix("")
-    flags = [*cell.flags, "--quiet", "--no-report", "--threads", "1", "--output", str(folder)]
-    flags += ["--resume"]  # where it was stopped, if it was
-    if f"--embedding-size {LARGE}" in " ".join(cell.flags):
-        flags += ["--export", str(folder / "model.pt")]
-    if cell.teacher:
-        flags += ["--teacher", str(cell.teacher.with_suffix("") / "model.pt")]
     with contextlib.redirect_stdout(io.StringIO()):
-        train.main(flags)
-    config = json.loads((folder / "config.json").read_text())
-    for name in ("teacher", "command"):
-        del config[name]  # no number depends on these paths
-    with open(folder / "metrics.csv", newline="") as file:
+        train.main([*cell.flags, *cell.output, "--threads", "1", "--resume"])
+    keep(cell, time.perf_counter() - start)
+
+
+def keep(cell: Cell, wall_seconds: float) -> None:
+    """Write the results of a trained cell, whole or not at all."""
+    config = json.loads((cell.folder / "config.json").read_text())
+    del config["command"]  # no number depends on these paths
+    if cell.teacher:
+        del config["teacher"]
+    with open(cell.folder / "metrics.csv", newline="") as file:
         found = list(csv.DictReader(file))
     scores: dict[str, dict[str, float]] = {}
     for r in found:  # the last of each counts
@@ -145,7 +169,7 @@ def run_cell(cell: Cell) -> None:
             who: {m: x for m, x in v.items() if "@" in m or m == "NMI"} for who, v in scores.items()
         },
         "training_seconds": seconds,
-        "wall_seconds": round(time.perf_counter() - start, 1),
+        "wall_seconds": round(wall_seconds, 1),
         **config.pop("versions"),
         **config,
     }
@@ -168,9 +192,10 @@ def grid(args: argparse.Namespace, rest: list[str]) -> list[Entry]:
     refitted = [name for name, method in methods.items() if REFIT in method.row]
     if refitted and not known.refit:
         raise SystemExit(f"{refitted[0]!r} needs --refit STEPS, such as --refit 500")
-    if others := [name for name in ("nested", "two stages") if name in methods and known.refit]:
-        raise SystemExit(f"{others[0]!r} has no embedder fitted anew: run it without --refit")
+    if others := [name for name in methods if "Matryoshka" in name and known.refit]:
+        raise SystemExit(f"{others[0]!r} has no refitted embedder: run it without --refit")
     common = [*rest, *(["--validation"] if args.validation else [])]
+    (args.output / "cells").mkdir(parents=True, exist_ok=True)
 
     def cell(flags: str, size: int | None, seed: int, teacher: Path | None = None) -> Cell:
         sized = [] if size is None else ["--embedding-size", str(size)]
@@ -189,7 +214,7 @@ def grid(args: argparse.Namespace, rest: list[str]) -> list[Entry]:
             )
             row = method.row.format(size=size)
             if not method.sized and size == method.largest:
-                row = "base"
+                row = "S2SD" if row.startswith("S2SD") else "base"
             if before:
                 entries.append(Entry("", LARGE, seed, "base", before))  # to be trained, not shown
             entries.append(Entry(name, size, seed, row, own))
@@ -197,10 +222,10 @@ def grid(args: argparse.Namespace, rest: list[str]) -> list[Entry]:
 
 
 def results(entries: list[Entry]) -> list[Row]:
-    """The rows of the table, from the files of the cells."""
+    """The rows of the table, from the files of the cells that are done."""
     rows = []
     for entry in entries:
-        if entry.method:
+        if entry.method and entry.cell.path.exists():
             content = json.loads(entry.cell.path.read_text())
             what = {"method": entry.method, "size": entry.size, "seed": entry.seed}
             scores = content.pop("scores")[entry.row]
@@ -259,7 +284,7 @@ def table(rows: list[Row]) -> str:
         for size in sizes:
             found = values(rows, method, size)
             if not found:
-                cells.append("")  # such as nested beyond its dimensions
+                cells.append("")  # such as Matryoshka beyond its dimensions
                 continue
             mean, _ = interval(found.values())
             paired = differences(rows, method, size) if method != BASE else []
@@ -348,19 +373,22 @@ def main(argv: list[str] | None = None) -> None:
     """Run what is missing, write and print."""
     args, rest = parser().parse_known_args(argv)
     entries = grid(args, rest)
-    (args.output / "cells").mkdir(parents=True, exist_ok=True)
     run(entries, args.workers)
+    write(args.output, entries)
 
+
+def write(output: Path, entries: list[Entry]) -> None:
+    """Write what there is, and print the table."""
     rows = results(entries)
-    with open(args.output / "results.csv", "w", newline="") as file:
+    with open(output / "results.csv", "w", newline="") as file:
         columns = list(dict.fromkeys(column for row in rows for column in row))
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    draw(rows, args.output / "recall.png", paired=False)
+    draw(rows, output / "recall.png", paired=False)
     if BASE in names(rows)[0] and len(names(rows)[0]) > 1:
-        draw_differences(rows, args.output / "differences.png")
-    (args.output / "table.md").write_text(table(rows) + "\n")
+        draw_differences(rows, output / "differences.png")
+    (output / "table.md").write_text(table(rows) + "\n")
     print(table(rows))
 
 

@@ -14,7 +14,7 @@ import yaml
 
 # What config.json of a run holds beside the flags, so that --config can repeat a run.
 FACTS = ("command", "ranks", "versions")
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def names() -> list[str]:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from images import BATCH, KS, Images
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
+
+from .images import BATCH, KS, Images
 
 ROWS = 2048  # of the similarity matrix held at once
 

@@ -19,9 +19,10 @@ import csv
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import icons
 import torch
-from images import Files, InMemory, Split
+
+from . import icons
+from .images import Files, InMemory, Split
 
 try:
     from pytorch_metric_learning import datasets
@@ -44,7 +45,7 @@ def icons400(args: argparse.Namespace) -> Split:
 
 
 def emoji(args: argparse.Namespace) -> Split:
-    import emoji_set
+    from . import emoji_set
 
     whole = InMemory(*emoji_set.load(args.root), emoji_set.prepare)
     half = len(whole.names) // 2

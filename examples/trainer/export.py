@@ -1,6 +1,6 @@
 """The deployable model: the network alone, in a file of tensors and numbers.
 
-from export import load
+from .export import load
 
 model = load(Path("model.pt"))
 embeddings = model(images)
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import checkpoint
 import torch
-from evaluate import apply
-from network import Network
 from torch import Tensor
+
+from . import checkpoint
+from .evaluate import apply
+from .network import Network
 
 KIND = "model of the example trainer, version 2"
 ROUNDING = 1e-2  # of a GPU, which may convolve by another algorithm, in TensorFloat-32

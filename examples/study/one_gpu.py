@@ -1,0 +1,509 @@
+"""The grid of compare.py on one GPU: the same cells, batches, losses and results, much sooner.
+
+    python examples/study/one_gpu.py examples/study/cub.plan --root DIR
+
+- The images of all steps are cropped beforehand, by all CPU cores, as train.py does it.
+- A training step, from pixels to the optimizer, is one CUDA graph.
+- ``--lanes`` cells with the same batches take every step in turn, on streams of their own, in each
+  of ``--processes`` processes.
+
+Losses that read from the device (most miners) are trained without a graph. Precision is that of
+``--amp``; results differ from those of a CPU by rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import gc
+import multiprocessing
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch._inductor.config
+from pytorch_metric_learning.losses import MultiSimilarityLoss
+from torch import Tensor, nn
+
+from s2sd_pml import S2SDLoss, stacking
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of trainer and study
+
+from trainer import export, images, objectives, options, report, training
+from trainer.images import InMemory, Split
+
+from study import compare
+from study.compare import BASE, Cell
+
+WARM = 11  # eager steps before a capture: as PyTorch asks for, and until the guard is content
+PATIENCE = 30  # seconds between two processes' first compilations
+PARTS = 64  # steps that a process crops at a time
+KEY = ("dataset", "root", "image_size", "validation", "validation_share", "batch_size", "per_class")
+
+
+class Crops(NamedTuple):
+    """The augmented images of the first steps of some runs."""
+
+    args: Any  # of one of these runs
+    steps: int
+    path: Path
+
+    @property
+    def ready(self) -> bool:
+        return self.path.with_suffix(".ready").exists()
+
+
+def crops_name(args: Any) -> str:
+    """Runs with the same name see the same batches."""
+    values = [getattr(args, name) for name in (*KEY, "steps_per_epoch", "accumulate", "seed")]
+    return "-".join(str(value).replace("/", "_") for value in values)
+
+
+@functools.cache
+def load(argv: tuple[str, ...]) -> Split:
+    """The data set of some flags."""
+    args = options.parse(options.parser(), list(argv))
+    return training.prepare(args)[0]
+
+
+def data_flags(args: Any) -> tuple[str, ...]:
+    """Those that choose the data."""
+    flags = ["--dataset", args.dataset, "--validation-share", str(args.validation_share)]
+    flags += ["--root", str(args.root)] if args.root else []
+    flags += ["--image-size", str(args.image_size)] + (["--validation"] if args.validation else [])
+    return (*flags, "--batch-size", str(args.batch_size), "--device", "cpu")
+
+
+def parsed(cell: Cell) -> Any:
+    """The flags of a cell, in full."""
+    args = options.parse(options.parser(), [*cell.flags, "--no-report", "--quiet"])
+    if args.steps_per_epoch is None:
+        args.steps_per_epoch = max(1, len(load(data_flags(args)).train) // args.batch_size)
+    return args
+
+
+def crop(crops: Crops, first: int) -> None:
+    """The images of some steps."""
+    torch.set_num_threads(1)
+    split = load(data_flags(crops.args))
+    images.Files.decoded = staticmethod(DECODED)  # every file once
+    last = min(first + PARTS, crops.steps)
+    batches = training.make_batches(crops.args, split.train).between(first, last)
+    memory = np.load(crops.path, mmap_mode="r+")
+    for step, key in enumerate(batches, first):
+        memory[step] = split.train[key][0].numpy()
+
+
+DECODED = functools.cache(images.Files.decoded)
+LABELS: dict[Path, Tensor] = {}
+
+
+def labels_of(crops: Crops) -> Tensor:
+    """The labels of all steps, (steps, B)."""
+    if crops.path in LABELS:
+        return LABELS[crops.path]
+    train_images = load(data_flags(crops.args)).train
+    batches = training.make_batches(crops.args, train_images).between(0, crops.steps)
+    rows_of_steps = [torch.as_tensor(rows) for rows, _ in batches]
+    LABELS[crops.path] = torch.stack([train_images.labels[rows] for rows in rows_of_steps])
+    return LABELS[crops.path]
+
+
+def make_crops(crops: Crops, pool: Any) -> list[Any]:
+    """Start cropping; the results to wait for."""
+    split = load(data_flags(crops.args))
+    ((rows, seeds),) = training.make_batches(crops.args, split.train).between(0, 1)
+    one = split.train[rows, seeds][0].numpy()
+    np.lib.format.open_memmap(crops.path, "w+", one.dtype, (crops.steps, *one.shape)).flush()
+    return [pool.apply_async(crop, (crops, first)) for first in range(0, crops.steps, PARTS)]
+
+
+class Stacked(nn.Module):
+    """A base loss and its miner as S2SDLoss computes them: PML's values, nothing read back."""
+
+    def __init__(self, loss: nn.Module, miner: nn.Module | None) -> None:
+        super().__init__()
+        self.loss, self.miner = loss, miner
+
+    def forward(self, embeddings: Tensor, labels: Tensor, _: object = None) -> Tensor:
+        return stacking.stacked_losses([self.loss], [self.miner], [embeddings], labels)[0]
+
+
+class Lane:
+    """A cell in training: its steps as CUDA graphs on a stream of its own."""
+
+    def __init__(self, cell: Cell, args: Any, split: Split, store: Tensor, labels: Tensor) -> None:
+        self.cell, self.args, self.split = cell, args, split
+        name, make = (
+            (BASE, objectives.base_loss) if args.baseline_only else ("S2SD", objectives.s2sd_loss)
+        )
+        self.trainer = training.Trainer(name, make, args, split, None, {}, None)
+        self.store, self.labels = store, labels
+        self.now = torch.zeros(1, dtype=torch.long, device=args.device)
+        self.recorded: Tensor | None = None
+        self.names: list[str] = []
+        self.on_gpu = torch.device(args.device).type == "cuda"
+        self.graph: Any = None
+        if self.on_gpu:
+            self.stream = torch.cuda.Stream()
+            for group in self.trainer.parts["optimizer"].param_groups:
+                group["capturable"] = True
+                if args.schedule != "constant":
+                    group["lr"] = torch.tensor(group["lr"], device=args.device)
+        delay = getattr(self.trainer.loss_func, "feature_distill_delay", 0)
+        self.captured_at = {WARM, max(delay, WARM)}  # feature distillation is another graph
+        base = getattr(self.trainer.loss_func, "loss", self.trainer.loss_func)
+        self.captures = self.on_gpu and type(base) is MultiSimilarityLoss and not args.ramp
+        if self.captures and base is self.trainer.loss_func:
+            self.trainer.objective = Stacked(base, self.trainer.miner)
+            self.trainer.miner = None
+
+    def step(self) -> None:
+        """One training step of all that Trainer.batch does, with nothing read from the device."""
+        t = self.trainer
+        pixels = self.store.index_select(0, self.now)[0]
+        labels = self.labels.index_select(0, self.now)[0]
+        if self.args.channels_last and pixels.ndim == 4:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        with t.stepper.autocast():
+            embeddings = t.embed(pixels)
+        s2sd = isinstance(t.loss_func, S2SDLoss)
+        with t.stepper.autocast(enabled=s2sd):
+            embeddings = embeddings if s2sd else embeddings.float()
+            pairs = t.miner(embeddings, labels) if t.miner else None
+            loss = t.objective(embeddings, labels, pairs, **t.taught(pixels))
+        t.stepper.backward(loss)
+        t.stepper.step()
+        terms = t.loss_func.components if getattr(t.loss_func, "head_dims", ()) else {}
+        values = {"loss": loss.detach()} | {n: terms[n] for n in report.COMPONENTS if n in terms}
+        if self.recorded is None:
+            self.names = list(values)
+            self.recorded = torch.zeros(len(self.store), len(values), device=pixels.device)
+        row = torch.stack([v.detach().float().reshape(()) for v in values.values()])
+        self.recorded.index_copy_(0, self.now, row[None])
+        self.now += 1
+
+    def advance(self, step: int) -> None:
+        """Take a step, or let the GPU take it."""
+        t = self.trainer
+        if not self.on_gpu:
+            self.step()
+            t.schedule.step()
+        else:
+            with torch.cuda.stream(self.stream):
+                if self.captures and step in self.captured_at and step >= WARM:
+                    self.capture(step)
+                if self.graph is None:
+                    self.step()
+                else:
+                    self.graph.replay()
+                t.schedule.step()
+        t.run.step += 1
+
+    def capture(self, step: int) -> None:
+        """The step as a graph."""
+        loss_func = self.trainer.loss_func
+        torch.cuda.synchronize()
+        if isinstance(loss_func, S2SDLoss):
+            loss_func.step = step
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self.step()
+
+    def finish(self, seconds: float) -> None:
+        """Scores and results, as a cell of compare.py has them."""
+        t, args = self.trainer, self.args
+        run, self.graph = t.run, None
+        run.seconds = seconds
+        forward = t.run.trained.trunk.__dict__.pop("forward", None)  # compiled for batches of steps
+        values = self.recorded[: run.step].cpu()
+        run.step = 0
+        for epoch in values.split(args.steps_per_epoch):
+            run.step += len(epoch)
+            run.recorded = [dict(zip(self.names, map(float, row), strict=True)) for row in epoch]
+            run.end_epoch()
+        if args.refit:
+            t.refit()
+        cuts = args.cut if run.name == BASE else ()
+        run.score(self.split, 0, cuts, args.matryoshka_dims, args.nmi)
+        args.output.mkdir(parents=True, exist_ok=True)
+        report.write(args, [run], self.split)
+        if args.export:
+            some, _ = self.split.test[list(range(64)), None]
+            export.write(run.model, args.export, some.to(args.device))
+        compare.keep(self.cell, seconds)
+        if forward is not None:
+            t.run.trained.trunk.forward = forward
+
+
+class Group(NamedTuple):
+    """Cells that see the same batches for the same number of steps."""
+
+    cells: list[Cell]
+    crops: Crops
+    steps: int
+
+
+def groups(cells: Sequence[Cell], lanes: int, folder: Path) -> list[Group]:
+    """In the order of the cells; the crops of a name are as many as its longest run needs."""
+    every = [(cell, parsed(cell)) for cell in cells]
+    longest: dict[str, int] = {}
+    for _, args in every:
+        steps, name = args.epochs * args.steps_per_epoch, crops_name(args)
+        longest[name] = max(longest.get(name, 0), steps)
+    found: list[Group] = []
+    for cell, args in every:
+        name, steps = crops_name(args), args.epochs * args.steps_per_epoch
+        crops = Crops(args, longest[name], folder / f"{abs(hash(name)):x}.npy")
+        for group in found:
+            same = (group.crops.path, group.steps) == (crops.path, steps)
+            if (
+                same
+                and len(group.cells) < lanes
+                and bool(group.cells[0].teacher) == bool(cell.teacher)
+            ):
+                group.cells.append(cell)
+                break
+        else:
+            found.append(Group([cell], crops, steps))
+    return found
+
+
+TRUNKS: dict[tuple[Any, ...], Any] = {}  # compiled, one a lane
+
+
+def reuse_trunk(make: Callable[..., Any], lane: list[int]) -> Callable[..., Any]:
+    """Networks with the trunk of an earlier one: what is compiled once serves every cell."""
+
+    def make_network(args: Any, split: Split) -> Any:
+        network = make(args, split)
+        if not args.compile:
+            return network
+        network.to(args.device)
+        known = TRUNKS.setdefault((args.backbone, args.image_size, lane[0]), network.trunk)
+        if known is not network.trunk:
+            states = network.trunk.state_dict()
+            known.load_state_dict({k: v.to(args.device) for k, v in states.items()})
+            known.zero_grad()
+            known._forward_hooks.clear()
+            network.trunk = known
+        return network.train()
+
+    return make_network
+
+
+def compiled_once(function: Any) -> Any:
+    """torch.compile for what is not compiled yet."""
+    if hasattr(function, "_torchdynamo_orig_callable"):
+        return function
+    return COMPILE(function, dynamic=False)
+
+
+COMPILE = torch.compile
+
+
+def warm(args: Any, split: Split, folder: Path) -> None:
+    """Compile the trunk, in one process: the others load what it has kept, from then on.
+
+    Not where that changes what the trunk makes of the same random numbers.
+    """
+    start = time.time()
+    trunk = training.make_network(args, split).to(args.device).trunk
+    pixels = torch.randint(256, (args.batch_size, 3, args.image_size, args.image_size))
+    pixels = pixels.to(args.device, torch.uint8).contiguous(memory_format=torch.channels_last)
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            trunk.forward = torch.compile(trunk.forward)
+        torch.manual_seed(0)
+        trunk.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=args.amp == "bf16"):
+            features = trunk(pixels).mean(dim=(2, 3))
+        features.float().pow(2).mean().backward()
+        found.append([features.detach().float(), *(p.grad.clone() for p in trunk.parameters())])
+    off = [float((a - b).norm() / a.norm()) for a, b in zip(*found, strict=True)]
+    print(
+        f"compiled in {time.time() - start:.0f} s; differences: features {off[0]:.3f}, gradients "
+        f"{np.median(off[1:]):.3f} in the middle, {max(off[1:]):.3f} at most",
+        flush=True,
+    )
+    if off[0] < 0.05 and np.median(off[1:]) < 0.2:
+        (folder / "compiled").touch()
+
+
+def compiles(folder: Path, number: int) -> bool:
+    """Whether the trunk is compiled in this process by now: one process after the other."""
+    marker = folder / "compiled"
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - marker.stat().st_mtime >= PATIENCE * number
+    return False
+
+
+def train_groups(queue: Any, deadline: float, device: str, number: int) -> None:
+    """What a process does: group after group, while there is time."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch._inductor.config.fallback_random = True  # the random numbers of the eager trunk
+    lane = [0]
+    training.make_network = reuse_trunk(training.make_network, lane)
+    torch.compile = compiled_once
+    held: dict[Path, tuple[Tensor, Tensor]] = {}
+    tests: dict[tuple[str, ...], Split] = {}
+    while True:
+        group: Group | None = queue.get()
+        if group is None or time.time() > deadline:
+            return
+        folder, args = group.crops.path.parent, parsed(group.cells[0])
+        if args.compile and number == 0 and not tests:
+            args.device = device
+            attempt(warm, args, load(data_flags(args)), folder)
+        work = (group, held, tests, device, lane, number, deadline)
+        if not attempt(train_group, *work) and compiles(folder, number):
+            (folder / "compiled").unlink(missing_ok=True)
+            attempt(train_group, *work)
+        gc.collect()  # graphs hold their memory
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def attempt(function: Callable[..., None], *args: Any) -> bool:
+    """Whether it went well; what did not is printed, and the other cells go on."""
+    try:
+        function(*args)
+    except Exception:
+        traceback.print_exc()
+        return False
+    return True
+
+
+def train_group(
+    group: Group, held: Any, tests: Any, device: str, lane: list[int], number: int, deadline: float
+) -> None:
+    """Train the cells of a group side by side, and write their results."""
+    flags = data_flags(group.crops.args)
+    if flags not in tests:
+        tests[flags] = in_memory(load(flags), device)
+    started = time.time()
+    while not group.crops.ready or not all(
+        c.teacher is None or c.teacher.exists() for c in group.cells
+    ):
+        if time.time() > deadline:
+            return
+        time.sleep(0.2)
+    waited = time.time() - started
+    key = group.crops.path, group.steps
+    if key not in held:
+        held.clear()
+        memory = torch.from_numpy(np.load(group.crops.path, mmap_mode="r")[: group.steps])
+        held[key] = memory.to(device), labels_of(group.crops)[: group.steps].to(device)
+    store, labels = held[key]
+    lanes = []
+    for cell in group.cells:
+        args = options.parse(options.parser(), [*cell.flags, *cell.output, "--device", device])
+        args.steps_per_epoch = group.crops.args.steps_per_epoch
+        args.compile = args.compile and compiles(group.crops.path.parent, number)
+        lane[0] = len(lanes)
+        lanes.append(Lane(cell, args, tests[flags], store, labels))
+    start = time.time()
+    for step in range(group.steps):
+        for one in lanes:
+            one.advance(step)
+        if step == 10 and lanes[0].on_gpu:
+            torch.cuda.synchronize()
+            built = time.time()
+    if lanes[0].on_gpu:
+        torch.cuda.synchronize()
+    end = time.time()
+    for one in lanes:
+        one.finish((end - start) / len(lanes))
+    each = 1e3 * (end - built) / (group.steps - 10) / len(lanes) if lanes[0].on_gpu else 0
+    print(
+        f"[{number}] {len(lanes)} cells x {group.steps}: waited {waited:.0f} s, built "
+        f"{start - started - waited:.0f} s, trained {end - start:.1f} s ({each:.2f} ms a step), "
+        f"scored {time.time() - end:.1f} s",
+        flush=True,
+    )
+
+
+def in_memory(split: Split, device: str) -> Split:
+    """The images to test with, decoded once."""
+    parts = []
+    for part in split[:3]:
+        if part is None:
+            parts.append(None)
+            continue
+        stored = torch.cat([batch for batch, _ in part.loader(0)]).to(device)
+        held = InMemory(stored, part.labels, part.names, lambda x, seeds: x)
+        held.paths = getattr(part, "paths", [])  # for the fingerprint
+        parts.append(held)
+    return split._replace(train=parts[0], test=parts[1], gallery=parts[2])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, write and print."""
+    started = time.time()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("plan", type=Path, help="a command line of compare.py on each line, the first ones first")
+    add("--processes", type=int, default=4)
+    add("--lanes", type=int, default=3, help="cells at a time in each of them")
+    add("--croppers", type=int, default=os.cpu_count() or 1)
+    add("--minutes", type=float, default=60.0, help="start no cell after that")
+    add("--device", default="cuda")
+    add("--memory", default="/dev/shm", help="where the cropped images lie meanwhile")
+    add("--root", default="", help="takes the place of DIR in the plan")
+    add("--output", type=Path, default=Path("runs"), help="in which the --output of each line lies")
+    args = parser.parse_args(argv)
+    grids = []
+    for line in args.plan.read_text().splitlines():
+        words = shlex.split(line.replace("DIR", args.root), comments=True)
+        if words:
+            own, rest = compare.parser().parse_known_args(words)
+            own.output = args.output / own.output
+            grids.append((own.output, compare.grid(own, rest)))
+    cells = {entry.cell.path: entry.cell for _, entries in grids for entry in entries}
+    run(list(cells.values()), args, started)
+    for output, entries in grids:
+        print(output)
+        compare.write(output, entries)
+
+
+def run(cells: Sequence[Cell], args: argparse.Namespace, started: float) -> None:
+    """Train the cells that have no results yet."""
+    missing = [cell for cell in cells if not cell.path.exists()]
+    folder = Path(tempfile.mkdtemp(dir=args.memory))
+    spawn = multiprocessing.get_context("spawn")
+    todo = groups(missing, args.lanes, folder)
+    queue, deadline = spawn.Queue(), started + 60 * args.minutes
+    for group in [*todo, *[None] * args.processes]:
+        queue.put(group)
+    arguments = [(queue, deadline, args.device, k) for k in range(args.processes)]
+    workers = [spawn.Process(target=train_groups, args=a, daemon=True) for a in arguments]
+    for worker in workers:
+        worker.start()
+    with multiprocessing.get_context("fork").Pool(args.croppers) as pool:
+        for crops in {group.crops.path: group.crops for group in todo}.values():
+            for part in make_crops(crops, pool):
+                part.get()
+            crops.path.with_suffix(".ready").touch()
+            print(f"{time.time() - started:.0f} s: cropped {crops.steps} steps", flush=True)
+    for worker in workers:
+        worker.join()
+    shutil.rmtree(folder, ignore_errors=True)
+    done = sum(cell.path.exists() for cell in cells)
+    print(f"{time.time() - started:.0f} s: {done} of {len(cells)} cells", flush=True)
+
+
+if __name__ == "__main__":
+    main()
