@@ -23,8 +23,8 @@ import tables  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_CODE = set(
-    "README.md adopt.md authors-code.md deploy.md faq.md features.md how-it-works.md optimizer.md "
-    "quickstart.md settings.md study.md supported.md works-with.md".split()
+    "README.md adopt.md authors-code.md beyond.md deploy.md faq.md features.md how-it-works.md "
+    "optimizer.md quickstart.md settings.md study.md supported.md works-with.md".split()
 )
 
 
