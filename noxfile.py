@@ -48,9 +48,11 @@ MUTATED = {
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Format and lint with ruff."""
+    """Format and lint with ruff; the snippets of README and docs at 76 columns."""
     session.install("ruff")
     session.run("ruff", "format", "--check", ".")
+    pages = ["README.md", *map(str, sorted(Path("docs").glob("*.md")))]
+    session.run("ruff", "format", "--check", "--line-length", "76", *pages)
     session.run("ruff", "check", ".")
 
 

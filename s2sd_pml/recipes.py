@@ -122,22 +122,103 @@ class Variants:
 
     @classmethod
     def dsd(cls, loss: Any, miner: Any = None, **kwargs: Any) -> Self:
-        """DSD: one head (of the largest published dimension, 2048), no feature distillation."""
+        """DSD: one auxiliary head, no feature distillation. The cheapest variant.
+
+            1/2 [ L(ψ) + L_1(g_1(φ)) ] + γ KL(g_1(φ) -> ψ)
+
+        Args:
+            loss: as for ``S2SDLoss``.
+            miner: as for ``S2SDLoss``.
+            **kwargs: the other arguments of ``S2SDLoss``. ``head_dims`` holds one dimension, by
+                default the largest published, 2048, or the largest of a recipe.
+
+        Raises:
+            ArgumentError: for several ``head_dims``, or a ``feature_distill_weight`` that is not 0.
+
+        Examples:
+            >>> from pytorch_metric_learning import losses
+            >>> from s2sd_pml import S2SDLoss
+            >>> S2SDLoss.dsd(losses.NTXentLoss(), feature_dim=32, head_dims=(64,)).head_dims
+            (64,)
+        """
         return cls(loss, miner, **variant_settings("dsd", kwargs))  # type: ignore[call-arg]
 
     @classmethod
     def msd(cls, loss: Any, miner: Any = None, **kwargs: Any) -> Self:
-        """MSD: several heads, no feature distillation."""
+        """MSD: several auxiliary heads, no feature distillation.
+
+            1/2 [ L(ψ) + mean_i L_i(g_i(φ)) ] + γ mean_i KL(g_i(φ) -> ψ)
+
+        For features that are no good teacher, such as those of a frozen trunk of another task.
+
+        Args:
+            loss: as for ``S2SDLoss``.
+            miner: as for ``S2SDLoss``.
+            **kwargs: the other arguments of ``S2SDLoss``.
+
+        Raises:
+            ArgumentError: for no ``head_dims``, or a ``feature_distill_weight`` that is not 0.
+
+        Examples:
+            >>> from pytorch_metric_learning import losses
+            >>> from s2sd_pml import S2SDLoss
+            >>> S2SDLoss.msd(losses.NTXentLoss(), feature_dim=32).feature_distill_weight
+            0.0
+        """
         return cls(loss, miner, **variant_settings("msd", kwargs))  # type: ignore[call-arg]
 
     @classmethod
     def msdf(cls, loss: Any, miner: Any = None, **kwargs: Any) -> Self:
-        """MSDF: several heads and, from step ``feature_distill_delay`` on, feature distillation."""
+        """MSDF: several auxiliary heads and feature distillation. ``S2SDLoss(...)`` is the same.
+
+            1/2 [ L(ψ) + mean_i L_i(g_i(φ)) ] + γ mean_i KL(g_i(φ) -> ψ) + γ_f KL(φ -> ψ)
+
+        The last term is in force from training step ``feature_distill_delay`` on.
+
+        Args:
+            loss: as for ``S2SDLoss``.
+            miner: as for ``S2SDLoss``.
+            **kwargs: the other arguments of ``S2SDLoss``.
+
+        Raises:
+            ArgumentError: for no ``head_dims``, ``feature_distill_weight=0`` or
+                ``pooling="avg+max"``.
+
+        Examples:
+            >>> from pytorch_metric_learning import losses
+            >>> from s2sd_pml import S2SDLoss
+            >>> S2SDLoss.msdf(losses.NTXentLoss(), feature_dim=32).feature_distill_delay
+            1000
+        """
         return cls(loss, miner, **variant_settings("msdf", kwargs))  # type: ignore[call-arg]
 
     @classmethod
     def msdfa(cls, loss: Any, miner: Any = None, **kwargs: Any) -> Self:
-        """MSDFA: MSDF on the sum of average- and max-pooled feature maps."""
+        """MSDFA: MSDF on average plus max pooling of the feature map M.
+
+            φ = avg(M) + max(M), for the heads and as the feature teacher
+
+        It needs the map: name the ``trunk``, an aggregation layer as ``embedder``, or pass
+        ``features=`` of shape (B, C, H, W).
+
+        Args:
+            loss: as for ``S2SDLoss``.
+            miner: as for ``S2SDLoss``.
+            **kwargs: the other arguments of ``S2SDLoss``. ``feature_dim`` is the number of channels
+                of the map.
+
+        Raises:
+            ArgumentError: for another ``pooling``, no ``head_dims``, or
+                ``feature_distill_weight=0``.
+
+        Examples:
+            >>> import torch
+            >>> from pytorch_metric_learning import losses
+            >>> from s2sd_pml import S2SDLoss
+            >>> trunk = torch.nn.Conv2d(3, 32, 3)
+            >>> S2SDLoss.msdfa(losses.NTXentLoss(), trunk=trunk, feature_dim=32).pooling
+            'avg+max'
+        """
         return cls(loss, miner, **variant_settings("msdfa", kwargs))  # type: ignore[call-arg]
 
     @staticmethod

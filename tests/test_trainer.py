@@ -497,7 +497,7 @@ def test_flags_that_would_do_nothing_or_fail_later_are_refused(tmp_path, capsys,
         ("recipe: cub-r50-128-msim", "a file of settings cannot bring in another"),
     ],
 )
-def test_a_bad_file_of_settings_is_told(tmp_path, capsys, text, words):
+def test_a_bad_file_of_settings_is_reported(tmp_path, capsys, text, words):
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     with pytest.raises(SystemExit):
@@ -505,7 +505,7 @@ def test_a_bad_file_of_settings_is_told(tmp_path, capsys, text, words):
     assert words in capsys.readouterr().err
 
 
-def test_an_unknown_recipe_is_told_with_those_there_are(capsys):
+def test_an_unknown_recipe_is_reported_with_those_there_are(capsys):
     with pytest.raises(SystemExit):
         options.parse(options.parser(), ["--recipe", "cub-r50"])
     assert "'cub-r50' is none of cars-ibn-512-msim, " in capsys.readouterr().err
