@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import tables
 from matplotlib.axes import Axes
-from tables import compare, difference, rows
+from tables import difference, rows, summary
 
 IMAGES = Path(__file__).parent / "images"
 GREY = "#808080"
@@ -72,11 +72,11 @@ def by_size(ax: Axes, found: tables.Rows, methods: Sequence[str], paired: bool) 
         points = {
             size: difference(found, method, size).points
             if paired
-            else list(compare.values(found, method, size).values())
+            else list(summary.values(found, method, size).values())
             for size in sizes
         }
         x = [size for size in sizes if points[size]]
-        means, halves = zip(*(compare.interval(points[size]) for size in x), strict=True)
+        means, halves = zip(*(summary.interval(points[size]) for size in x), strict=True)
         colour, marker = COLOURS[method]
         dashed = method.endswith(tables.REFITTED)
         fewer = max(map(len, points.values()))
@@ -137,9 +137,9 @@ def results() -> None:
 def rows_of_one_size(name: str, file: str, title: str, size: int) -> None:
     """A row for every method: method minus base with its interval."""
     found = rows(file)
-    methods = [m for m in reversed(compare.names(found)[0]) if m != compare.BASE]
+    methods = [m for m in reversed(summary.names(found)[0]) if m != summary.BASE]
     means, halves = zip(
-        *(compare.interval(difference(found, m, size).points) for m in methods), strict=True
+        *(summary.interval(difference(found, m, size).points) for m in methods), strict=True
     )
     figure, ax = plt.subplots(figsize=(7.6, 1.2 + 0.27 * len(methods)), layout="constrained")
     ax.errorbar(means, methods, xerr=halves, fmt="o", ms=5, capsize=2.5, color="#2a8fbd")

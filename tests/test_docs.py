@@ -19,6 +19,7 @@ import s2sd_pml
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
+import draw_results  # noqa: E402
 import tables  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -184,3 +185,13 @@ def test_every_page_and_picture_is_used():
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for picture in (ROOT / "docs" / "images").iterdir():
         assert f"images/{picture.name})" in text, picture.name
+
+
+def test_the_figures_of_the_results_are_drawn(tmp_path, monkeypatch):
+    """`python docs/draw_results.py` draws them."""
+    monkeypatch.setattr(draw_results, "IMAGES", tmp_path)
+    draw_results.draw()
+    drawn = {picture.name for picture in tmp_path.iterdir()}
+    kept = {picture.name for picture in (ROOT / "docs" / "images").iterdir()}
+    assert kept - drawn == {"how-it-works.png", "performance.png"}
+    assert drawn <= kept
