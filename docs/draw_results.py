@@ -66,7 +66,7 @@ def open_axes(ax: Axes) -> None:
 
 def by_size(ax: Axes, found: tables.Rows, methods: Sequence[str], paired: bool) -> None:
     """Mean and 95% interval against embedding size: of the metric, or of method minus base."""
-    sizes = sorted({row["size"] for row in found})
+    sizes = sorted({row["size"] for row in found if row["method"] in methods})
     most = len({row["seed"] for row in found})
     for method in methods:
         points = {

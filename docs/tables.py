@@ -106,6 +106,8 @@ SMALL, MSDFA = "MSDF, small-data", "MSDFA, small-data"
 REFITTED = ", refitted embedder"
 RESULTS = [  # data and training, result file, S2SD's method, the baseline, sizes
     ("CUB-200-2011, pretrained, the paper's weights", "cub", "MSDF", "base", (32, 128)),
+    ("CUB-200-2011, both with a refitted embedder", "cub", "MSDF" + REFITTED, "base" + REFITTED,
+     (128,)),
     ("emoji, pretrained", "emoji", SMALL, "base", (16, 32, 64, 128)),
     ("emoji, both with a refitted embedder", "emoji-gpu", SMALL + REFITTED, "base" + REFITTED,
      (16, 32)),
