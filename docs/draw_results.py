@@ -75,7 +75,7 @@ def by_size(ax: Axes, found: tables.Rows, methods: Sequence[str], paired: bool) 
             else list(summary.values(found, method, size).values())
             for size in sizes
         }
-        x = [size for size in sizes if points[size]]
+        x = [size for size in sizes if len(points[size]) > 1]  # one seed has no interval
         means, halves = zip(*(summary.interval(points[size]) for size in x), strict=True)
         colour, marker = COLOURS[method]
         dashed = method.endswith(tables.REFITTED)
@@ -123,14 +123,14 @@ def results() -> None:
     shown = [(rows(file), title, methods) for file, title, methods in kinds]
     shown = [kind for kind in shown if len({row["seed"] for row in kind[0]}) > 1]
     figure, axes = plt.subplots(
-        1, len(shown), figsize=(4.6 * len(shown), 4), layout="constrained", sharey=True
+        1, len(shown), figsize=(3.3 * len(shown), 3.6), layout="constrained", sharey=True
     )
     for ax, (found, title, methods) in zip(axes, shown, strict=True):
         found = [row for row in found if row["size"] >= 16]
         by_size(ax, found, methods, paired=True)
-        ax.set_title(f"{title}, {seeds(found)}")
+        ax.set_title(f"{title},\n{seeds(found)}")
         ax.legend(frameon=False)
-    axes[0].set_ylabel("Recall@1, S2SD minus base, points")
+    axes[0].set_ylabel("Recall@1 minus base, points")
     finish(figure, "results")
 
 

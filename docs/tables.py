@@ -160,8 +160,9 @@ def gains() -> str:
     lines: list[list[str | Difference]] = []
     for what, file, method, base in kinds:
         cells = [difference(rows(file), method, size, base) for size in sizes]
-        seeds = str(max(len(cell.points) for cell in cells))
-        lines.append([what, *(cell if cell.points else "" for cell in cells), seeds])
+        seeds = max(len(cell.points) for cell in cells)
+        shown = [cell if len(cell.points) > 1 or seeds == 1 else "" for cell in cells]
+        lines.append([what, *shown, str(seeds)])
     return table(["Recall@1, S2SD minus base", *map(str, sizes), "seeds"], bold(lines))
 
 
