@@ -23,9 +23,9 @@ IMAGES = Path(__file__).parent / "images"
 GREY = "#808080"
 COLOURS = {
     "base": (GREY, "o"),
-    "MSDF, small-data": ("#2a8fbd", "o"),
-    "MSDF, small-data, refitted embedder": ("#2a8fbd", "D"),
-    "MSDFA, small-data": ("#e07b39", "s"),
+    "MSDF, high-rate": ("#2a8fbd", "o"),
+    "MSDF, high-rate, refitted embedder": ("#2a8fbd", "D"),
+    "MSDFA, high-rate": ("#e07b39", "s"),
     "MSDF": ("#c8509b", "v"),
     "MSDF, two layers": ("#8d7be0", "^"),
     "MSDFA, two layers": ("#c9a227", "P"),
@@ -81,7 +81,7 @@ def by_size(ax: Axes, found: tables.Rows, methods: Sequence[str], paired: bool) 
         dashed = method.endswith(tables.REFITTED)
         fewer = max(map(len, points.values()))
         label = f"{method} ({fewer} seeds)" if fewer < most else method
-        label = label.replace("small-data", "recipe small-data")
+        label = label.replace("high-rate", "recipe high-rate")
         ax.errorbar(
             x, means, [0 if math.isnan(half) else half for half in halves], color=colour,
             marker=marker, ms=6, mfc="none" if dashed else colour, ls="--" if dashed else "-",
@@ -117,8 +117,8 @@ def results() -> None:
     """What S2SD gains on each data set with more than one seed."""
     kinds = [
         ("cub", "CUB-200-2011, EfficientNet-lite0", ["MSDF"]),
-        ("emoji", "emoji, EfficientNet-lite0", ["MSDF, small-data"]),
-        ("icons-400", "icons-400, small network", ["MSDF, small-data", "MSDFA, small-data"]),
+        ("emoji", "emoji, EfficientNet-lite0", ["MSDF, high-rate"]),
+        ("icons-400", "icons-400, small network", ["MSDF, high-rate", "MSDFA, high-rate"]),
     ]
     shown = [(rows(file), title, methods) for file, title, methods in kinds]
     shown = [kind for kind in shown if len({row["seed"] for row in kind[0]}) > 1]
@@ -191,15 +191,15 @@ def draw() -> None:
     style()
     results()
     curves("study-emoji", "emoji", EMOJI, [
-        "MSDF, small-data", "MSDF, small-data, refitted embedder", "base, twice the steps",
+        "MSDF, high-rate", "MSDF, high-rate, refitted embedder", "base, twice the steps",
         "two-stage distillation", "base 512 + PCA", "Matryoshka",
     ])  # fmt: skip
     curves("study-icons-400", "icons-400", ICONS, [
-        "MSDF, small-data", "MSDFA, small-data", "MSDF", "heads, no KL", "base 512 + PCA",
+        "MSDF, high-rate", "MSDFA, high-rate", "MSDF", "heads, no KL", "base 512 + PCA",
         "Matryoshka",
     ])  # fmt: skip
     curves("study-msdfa", "icons-400-msdfa", ICONS, [
-        "MSDFA, small-data", "MSDFA, two layers", "MSDFA, γ = γ_f = 30",
+        "MSDFA, high-rate", "MSDFA, two layers", "MSDFA, γ = γ_f = 30",
         "MSDFA, two layers, no KL", "MSDF, two layers",
     ])  # fmt: skip
     curves("study-proxyanchor", "icons-400-proxyanchor", "icons-400, ProxyAnchorLoss", [

@@ -102,7 +102,7 @@ def table(head: list[str], lines: list[list[str]], left: int = 1) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *lines])
 
 
-SMALL, MSDFA = "MSDF, small-data", "MSDFA, small-data"
+SMALL, MSDFA = "MSDF, high-rate", "MSDFA, high-rate"
 REFITTED = ", refitted embedder"
 RESULTS = [  # data and training, result file, S2SD's method, the baseline, sizes
     ("CUB-200-2011, pretrained, the paper's weights", "cub", "MSDF", "base", (32, 128)),

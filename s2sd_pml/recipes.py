@@ -14,25 +14,28 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 PAPER_HEAD_DIMS = (512, 1024, 1536, 2048)
-RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {
-        "head_dims": PAPER_HEAD_DIMS,
-        "head": ProjectionHead,
-        "distill_weight": 50.0,
-        "temperature": 1.0,
-        "feature_distill_weight": 50.0,
-        "feature_distill_delay": 1000,
-        "exclude_self": False,
-    },
-    "small-data": {
-        "head_dims": (256, 512),
-        "head": nn.Linear,
-        "distill_weight": 10.0,
-        "temperature": 0.1,
-        "feature_distill_weight": 10.0,
-        "feature_distill_delay": 100,
-        "exclude_self": True,
-    },
+PAPER: dict[str, Any] = {
+    "head_dims": PAPER_HEAD_DIMS,
+    "head": ProjectionHead,
+    "distill_weight": 50.0,
+    "temperature": 1.0,
+    "feature_distill_weight": 50.0,
+    "feature_distill_delay": 1000,
+    "exclude_self": False,
+}
+HIGH_RATE: dict[str, Any] = {
+    "head_dims": (256, 512),
+    "head": nn.Linear,
+    "distill_weight": 10.0,
+    "temperature": 0.1,
+    "feature_distill_weight": 10.0,
+    "feature_distill_delay": 100,
+    "exclude_self": True,
+}
+RECIPES = {  # by the training that they are for
+    "fine-tuning": PAPER,
+    "high-rate": HIGH_RATE,
+    "from-scratch": {**HIGH_RATE, "distill_weight": 30.0, "feature_distill_weight": 30.0},
 }
 VARIANTS = {
     "dsd": "one head, no feature distillation",
@@ -232,11 +235,16 @@ class Variants:
         of all flags of a run.
 
         Args:
-            name: "paper", the defaults: weights of 50 at T = 1, for some 8,000 steps at a learning
-                rate of 1e-5. Or "small-data", for some hundred steps at a higher one: weights of 10
-                at T = 0.1 without the diagonal, so that near neighbours teach, and smaller heads,
-                of one layer. What it was chosen by, and what it gains, is measured in the
-                documentation.
+            name: the training that they are for.
+
+                - "fine-tuning": a pretrained trunk and a small learning rate, 1e-5 to 3e-5. The
+                  paper's settings, which are the defaults.
+                - "high-rate": a pretrained trunk and some hundred steps at 1e-4 or more. Weights of
+                  10 at T = 0.1 without the diagonal, so that near neighbours teach; smaller heads,
+                  of one layer.
+                - "from-scratch": a trunk that is not pretrained. The same with weights of 30.
+
+                What they were chosen by, and what they gain, is measured in the documentation.
 
         Returns:
             ``head_dims``, ``head``, ``distill_weight``, ``temperature``,
@@ -248,7 +256,7 @@ class Variants:
         Examples:
             >>> from pytorch_metric_learning import losses
             >>> from s2sd_pml import S2SDLoss
-            >>> settings = S2SDLoss.recipe("small-data")
+            >>> settings = S2SDLoss.recipe("high-rate")
             >>> settings["temperature"], settings["exclude_self"]
             (0.1, True)
             >>> loss_func = S2SDLoss(losses.NTXentLoss(), feature_dim=32, **settings)

@@ -41,8 +41,8 @@ CASES = {
 BEYOND = {"matryoshka_dims": (2, 4), "teacher_weight": 3.0}
 SETTINGS = {
     "paper": {},
-    "small-data": {
-        **S2SDLoss.recipe("small-data"),
+    "high-rate": {
+        **S2SDLoss.recipe("high-rate"),
         "head_dims": (8, 9),
         "feature_distill_delay": 0,
     },

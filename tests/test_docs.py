@@ -68,7 +68,9 @@ def test_commands_are_understood(page, tmp_path, capsys):
         if "--recipe" in flags and image_sets.datasets is None:
             continue  # PML reads CUB from version 2.9 on
         root = tmp_path / ("cub200" if "--recipe" in flags else "folder")
-        flags = [{"DIR": str(root), "photos": str(root)}.get(flag, flag) for flag in flags]
+        first = str(ROOT / "examples/study/first.yaml")
+        here = {"DIR": str(root), "photos": str(root), "examples/study/first.yaml": first}
+        flags = [here.get(flag, flag) for flag in flags]
         args = options.parse(options.parser(), [*flags, "--output", str(tmp_path / "out")])
         if args.root or args.dataset == "icons400":
             train.main([*flags, "--dry-run", "--backbone", "cnn", "--batch-size", "4",

@@ -123,7 +123,7 @@ def test_every_variant_takes_them(variant):
         feature_dim=F_DIM,
         teacher_weight={"t": 2.0},
         matryoshka_dims=(2,),
-        **{**S2SDLoss.recipe("small-data"), "exclude_self": False},
+        **{**S2SDLoss.recipe("high-rate"), "exclude_self": False},
     )
     φ = maps if variant == "msdfa" else maps.mean(dim=(2, 3))
     loss_func(torch.randn(B, D, requires_grad=True), Y, features=φ, teachers={"t": teacher()})

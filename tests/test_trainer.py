@@ -609,7 +609,7 @@ def test_the_recipes_are_the_authors_sample_runs(name, row):
 
 
 def test_the_recipe_of_short_training_is_that_of_the_library():
-    args, recipe = parsed("--recipe", "small-data"), S2SDLoss.recipe("small-data")
+    args, recipe = parsed("--recipe", "high-rate"), S2SDLoss.recipe("high-rate")
     assert tuple(args.dims) == recipe.pop("head_dims")
     assert (recipe.pop("head") is torch.nn.Linear) == args.linear_heads
     assert {key: getattr(args, key) for key in recipe} == recipe

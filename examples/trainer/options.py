@@ -9,15 +9,17 @@ from pathlib import Path
 
 import torch
 
+from s2sd_pml import S2SDLoss
+
 from . import config
 from .backbones import MAKERS
 from .flags import Parser, count, decay, key_value, positive, rate, switch
 from .image_sets import SETS
 from .reach import PAPERS, WAYS
 
-DIMS = (256, 512)
+S2SD = S2SDLoss.recipe("from-scratch")  # the defaults, for icons-400
+DIMS = tuple(S2SD["head_dims"])
 SIZES = {"icons400": 32, "emoji": 64}  # of images that have one
-FEATURE_DISTILL_WEIGHT = 10.0
 USAGE = "%(prog)s [--recipe NAME] [--config FILE] [--flag VALUE ...]"
 EPILOG = """\
 Every switch has a negation: --freeze-bn and --no-freeze-bn. Later flags win over earlier ones, and
@@ -110,19 +112,21 @@ def _s2sd(main: argparse.ArgumentParser) -> None:
     add("--variant", default="msdf", choices=variants, metavar="NAME", help=", ".join(variants))
     dims = f"dimensions of the heads, or nothing [{' '.join(map(str, DIMS))}; dsd: the last]"
     add("--dims", type=positive, nargs="*", metavar="D", help=dims)
-    add("--linear-heads", **switch(), help="heads of one linear layer instead of two")
-    add("--temperature", type=float, default=1.0, metavar="T", help="of the softmaxes")
-    add("--distill-weight", type=float, default=10.0, metavar="γ", help="of heads, paper: 50")
-    weight = f"of features, for msdf and msdfa, paper: 50 [{FEATURE_DISTILL_WEIGHT}]"
+    add("--linear-heads", **switch(True), help="heads of two layers, as in the paper")
+    temperature = {"type": float, "default": S2SD["temperature"], "metavar": "T"}
+    add("--temperature", **temperature, help="of the softmaxes, paper: 1")
+    weight = {"type": float, "default": S2SD["distill_weight"], "metavar": "γ"}
+    add("--distill-weight", **weight, help="of heads, paper: 50")
+    weight = f"of features, for msdf and msdfa, paper: 50 [{S2SD['feature_distill_weight']}]"
     add("--feature-distill-weight", type=float, metavar="γ_f", help=weight)
     add(
         "--feature-distill-delay",
         type=count,
-        default=100,
+        default=S2SD["feature_distill_delay"],
         metavar="STEP",
         help="where feature distillation starts, paper: 1000",
     )
-    add("--exclude-self", **switch(), help="leave self-similarities out of the softmaxes")
+    add("--exclude-self", **switch(True), help="self-similarities in the softmax, as the paper")
 
 
 def _beyond(main: argparse.ArgumentParser) -> None:
@@ -247,11 +251,17 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error("--baseline-only and --s2sd-only leave nothing to train: give one of them")
     if args.validation and args.choose_epoch:
         main.error("--validation tests no epoch on the test classes, --choose-epoch does: give one")
+    if not distils_features and "--feature-distill-weight" not in argv:
+        args.feature_distill_weight = 0.0  # that of a file fits every variant
     if not distils_features and args.feature_distill_weight:
         main.error(
             f"--feature-distill-weight is for msdf and msdfa, not for --variant {args.variant}"
         )
-    if args.variant == "dsd" and len(args.dims or DIMS[-1:]) > 1:
+    if args.dims is None:
+        args.dims = DIMS
+    if args.variant == "dsd" and "--dims" not in argv:
+        args.dims = args.dims[-1:]
+    if args.variant == "dsd" and len(args.dims) != 1:
         main.error("--variant dsd has one head: give one of --dims, or use --variant msd")
     if args.ramp and args.ramp[0] >= args.ramp[1]:
         main.error(f"--ramp {args.ramp[0]} {args.ramp[1]}: the second step must be the later one")
@@ -281,10 +291,8 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.weights is not None and not args.weights.exists():
         main.error(f"--weights {args.weights} does not exist")
-    if args.dims is None:
-        args.dims = DIMS[-1:] if args.variant == "dsd" else DIMS
     if args.feature_distill_weight is None:
-        args.feature_distill_weight = FEATURE_DISTILL_WEIGHT if distils_features else 0.0
+        args.feature_distill_weight = float(S2SD["feature_distill_weight"])
     if args.refit and args.refit_weight is None:
         args.refit_weight = args.distill_weight
     if args.steps_per_epoch is None and args.dataset == "icons400":
