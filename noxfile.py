@@ -31,6 +31,9 @@ STEP = "tests/test_loss.py tests/test_branches.py tests/test_recipes.py tests/te
 MUTATED = {
     "loss": f"{STEP} tests/test_loss_step.py tests/test_validation.py tests/test_refusals.py "
     "tests/test_counter.py",
+    "spaces": f"{STEP} tests/test_teachers.py tests/test_matryoshka.py tests/test_distributed.py",
+    "teachers": "tests/test_teachers.py",
+    "students": "tests/test_matryoshka.py",
     "branches": "tests/test_branches.py tests/test_stacking.py",
     "stacking": "tests/test_stacking.py",
     "similarity": "tests/test_similarity.py",

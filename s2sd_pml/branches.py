@@ -13,13 +13,14 @@ from pytorch_metric_learning.losses import CrossBatchMemory
 from torch import Tensor, nn
 
 from . import stacking
+from .cloning import clone_loss, clone_miner, made_by
 from .errors import BatchError, S2SDWarning, outside
 from .refusals import check_loss_value, refused
 from .similarity import full_precision
 
 
 class Branch(nn.Module):
-    """An auxiliary branch: head g, its own loss L and its own miner."""
+    """A space of its own: head g, or a prefix of the embeddings, with its own loss L and miner."""
 
     def __init__(self, head: nn.Module, loss: nn.Module, miner: nn.Module | None) -> None:
         super().__init__()
@@ -39,6 +40,12 @@ class Branch(nn.Module):
                 f"into {tuple(embeddings.shape)}. It must return ({len(features)}, {dim})."
             )
         return embeddings
+
+
+def make_branch(head: nn.Module, dim: int, loss: Any, miner: nn.Module | None) -> Branch:
+    """A branch with copies, for its dimension, of the loss (or what a factory makes) and miner."""
+    own_loss = clone_loss(loss, dim) if isinstance(loss, nn.Module) else made_by(loss, dim)
+    return Branch(head, own_loss, None if miner is None else clone_miner(miner))
 
 
 class Batch(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ MUST_AGREE = (
     "the type of the embeddings",
     "the type of the labels (None: none given)",
     "the training step",
+    "the names and widths of the outside teachers (as a checksum)",
 )
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TYPES = [None, *sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)]
@@ -43,6 +45,7 @@ class Gather:
         self.world_size = dist.get_world_size() if ready else 1
         self.own_rows: tuple[int, int] | None = None
         self._print = 0  # of the parameters, where they are compared
+        self._teachers = 0  # of their names and widths
 
     @contextmanager
     def agreement(self, embeddings: Any, labels: Any, loss: Any) -> Iterator[None]:
@@ -65,7 +68,7 @@ class Gather:
             _all_gather(message, self.world_size)
             raise
         types = [TYPES.index(x if x is None else x.dtype) for x in (embeddings, labels)]
-        own = [1, *embeddings.shape, *types, loss.step, self._print]
+        own = [1, *embeddings.shape, *types, loss.step, self._teachers, self._print]
         reports = [r.tolist() for r in _all_gather(message.new_tensor(own), self.world_size)]
         if failed := [str(rank) for rank, (fine, *_) in enumerate(reports) if not fine]:
             raise DistributedError(
@@ -96,11 +99,24 @@ class Gather:
         # This rank's weight in a mean over ranks: 1 if all hold as many rows.
         self.share = self.sizes[rank] * self.world_size / sum(self.sizes)
 
-    def compare(self, loss: Any) -> None:
-        """Within ``agreement``: let the ranks compare the loss's parameters, at some steps.
+    def check_gatherable(self, indices_tuple: Any, ref_emb: Any) -> None:
+        """Nothing was given that cannot be gathered over ranks."""
+        seen = "is of this rank's batch, but gather_distributed=True works on the global batch"
+        if self.world_size > 1 and indices_tuple is not None:
+            raise DistributedError(f"indices_tuple {seen}. Pass the miner to S2SDLoss instead.")
+        if self.world_size > 1 and ref_emb is not None:
+            raise DistributedError(
+                f"ref_emb {seen}. Leave it out, or use gather_distributed=False."
+            )
+
+    def compare(self, loss: Any, teachers: dict[str, Tensor]) -> None:
+        """Within ``agreement``: let the ranks compare teachers and, at some steps, parameters.
 
         Heads that are built alike and trained apart differ from the first step of the optimizer on.
         """
+        if self.world_size > 1 and teachers:
+            shapes = {name: x.shape[1] for name, x in teachers.items()}
+            self._teachers = zlib.crc32(repr(shapes).encode())
         step = loss.step if self.world_size > 1 else 3
         if (step & (step - 1) == 0 or step % 256 == 0) and not any(
             "FullySharded" in type(m).__name__ for m in loss.modules()

@@ -57,7 +57,7 @@ def relation_kl(
         (torch.Size([1]), True)
     """
     _check(student, teachers, temperature, chunk_size)
-    return rows_kl(student, teachers, (0, len(student)), temperature, exclude_self, chunk_size)
+    return rows_kl([student], teachers, (0, len(student)), temperature, exclude_self, chunk_size)
 
 
 def relation_kl_reference(
@@ -89,64 +89,75 @@ def relation_kl_reference(
 
 
 def rows_kl(
-    student: Tensor,
+    students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     rows: tuple[int, int],
     temperature: float,
     exclude_self: bool,
     chunk_size: int | None,
 ) -> Tensor:
-    """``relation_kl`` over the rows from start to stop, each against the whole batch."""
+    """``relation_kl`` over the rows from start to stop, each against the whole batch.
+
+    Of several students it is the mean over them.
+    """
     start, stop = rows
-    with torch.autocast(student.device.type, enabled=False):
-        student = full_precision(student)
-        teachers = [t.detach().to(student.dtype) for t in teachers]
+    with torch.autocast(students[0].device.type, enabled=False):
+        students = [full_precision(s) for s in students]
+        teachers = [t.detach().to(students[0].dtype) for t in teachers]
         if not teachers:
-            return student.new_zeros(0)
+            return students[0].new_zeros(0)
         if chunk_size is None or chunk_size >= stop - start:
             options = (start, temperature, exclude_self)
             matrices = (cosines(t)[start:stop] for t in teachers)
-            log_student = log_relations(cosines(student)[start:stop], *options)
-            return one_by_one(log_student, matrices, options) / (stop - start)
-        unit = unit_rows(student)
+            own_matrices = (cosines(s)[start:stop] for s in students)
+            return one_by_one(own_matrices, matrices, options) / (stop - start)
         scales = [1 / t.norm(dim=1).clamp_min(1e-12) for t in teachers]
 
-        def chunk_kl(first: int, unit: Tensor) -> Tensor:
-            options = (first, temperature, exclude_self)
+        def chunk_kl(first: int, *units: Tensor) -> Tensor:
             own = slice(first, min(first + chunk_size, stop))
             matrices = (
                 ((t[own] * scale[own, None]) @ t.T).mul_(scale)  # no overflow in between
                 for t, scale in zip(teachers, scales, strict=True)
             )
-            return one_by_one(log_relations(unit[own] @ unit.T, *options), matrices, options)
+            own_matrices = (unit[own] @ unit.T for unit in units)
+            return one_by_one(own_matrices, matrices, (first, temperature, exclude_self))
 
-        total = student.new_zeros(len(teachers))
+        units, total = [unit_rows(s) for s in students], students[0].new_zeros(len(teachers))
         for first in range(start, stop, chunk_size):
-            part = checkpoint(chunk_kl, first, unit, use_reentrant=False, preserve_rng_state=False)
+            part = checkpoint(
+                chunk_kl, first, *units, use_reentrant=False, preserve_rng_state=False
+            )
             total = total + part
         return total / (stop - start)
 
 
-def one_by_one(log_student: Tensor, teachers: Iterable[Tensor], options: Options) -> Tensor:
+def one_by_one(students: Iterable[Tensor], teachers: Iterable[Tensor], options: Options) -> Tensor:
     """The sum over rows in place of the mean of ``similarity_kl``, with few matrices at a time."""
+    first, *others = (log_relations(s, *options) for s in students)
+    log_student = sum(others, start=first) / (1 + len(others)) if others else first
     each = [divergence(log_student, log_relations(t, *options)) for t in teachers]
     return options[1] ** 2 * torch.stack(each)
 
 
 def similarity_kl(
-    student: Tensor, teachers: Tensor, first: int, temperature: float, exclude_self: bool
+    students: Tensor, teachers: Tensor, first: int, temperature: float, exclude_self: bool
 ) -> Tensor:
     """The mean over rows of T² KL(teacher_i / T ‖ student_i / T), for every teacher.
 
+    Of several students it is the mean over them, the KL to the mean of their log-softmaxes q_k:
+    mean_k Σ p (log p - log q_k) = Σ p (log p - mean_k log q_k).
+
     Args:
-        student: R rows of its similarity matrix, (R, B).
+        students: R rows of its similarity matrix, (R, B), or of theirs, (students, R, B).
         teachers: the same rows of theirs, (teachers, R, B).
         first: which row of the whole matrix the first one is; row i has its own sample in column
             first + i.
     """
-    log_student = log_relations(student, first, temperature, exclude_self)
+    log_student = log_relations(students, first, temperature, exclude_self)
+    if log_student.ndim == 3:
+        log_student = log_student.mean(dim=0)
     log_teachers = log_relations(teachers.detach(), first, temperature, exclude_self)
-    return temperature**2 / len(student) * divergence(log_student, log_teachers)
+    return temperature**2 / len(log_student) * divergence(log_student, log_teachers)
 
 
 def log_relations(
@@ -159,7 +170,8 @@ def log_relations(
         n, size = similarities.shape[-2:]
         rows = torch.arange(first, first + n, device=similarities.device)
         own = torch.arange(size, device=similarities.device) == rows[:, None]
-        similarities = similarities.masked_fill(own, torch.finfo(similarities.dtype).min)
+        lowest = torch.finfo(similarities.dtype).min / 2**20  # sums over students stay finite
+        similarities = similarities.masked_fill(own, lowest)
     return similarities.log_softmax(dim=-1)
 
 

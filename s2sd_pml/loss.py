@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,22 +10,21 @@ from pytorch_metric_learning.losses import SelfSupervisedLoss
 from torch import Tensor, nn
 
 from . import cloning, distributed, validation
-from .branches import Batch, Branch, MetricLosses, metric_loss
+from .branches import Batch, make_branch, metric_loss
 from .capture import FeatureCapture
-from .cloning import clone_loss, clone_miner, made_by
 from .counter import is_compiling
 from .functional import rows_kl, similarity_kl
-from .heads import POOLINGS, Pooling, ProjectionHead, Unowned, output_width, pool
+from .heads import POOLINGS, Pooling, ProjectionHead, Unowned, output_width
 from .optimizer import OptimizerGuard
 from .recipes import PAPER_HEAD_DIMS, Variants, plain
-from .similarity import Similarities, full_precision, similarities
-from .wrapper import LossWrapper, UnrecordedModuleDict
+from .similarity import Similarities, similarities
+from .spaces import Spaces
+from .students import Prefix, check_matryoshka_dims
+from .teachers import Schedule, TeacherWeight, in_force
+from .wrapper import UnrecordedModuleDict
 
-Schedule = float | Callable[[int], float]
-RECORDS = ["base_loss", "aux_loss", "distill_loss", "feature_distill_loss"]
 
-
-class S2SDLoss(Variants, LossWrapper):
+class S2SDLoss(Variants, Spaces):
     """Simultaneous Similarity-based Self-Distillation (S2SD) around a metric-learning loss.
 
     With features φ (B, F), embeddings ψ = f(φ) (B, D), heads g_1 ... g_m, a base loss L and
@@ -38,6 +37,10 @@ class S2SDLoss(Variants, LossWrapper):
     reach the embedder and, through it, the trunk. Without heads the first bracket is L(ψ) alone;
     with ``feature_distill_weight=0`` as well, the wrapper is the base loss. It is the base loss,
     too, in ``eval()`` mode and, without ``features=``, under ``torch.no_grad()``.
+
+    Beyond the paper, each outside teacher t (B, any width) adds γ_t KL(t -> ψ), and with
+    ``matryoshka_dims`` the prefixes ψ_:k, (B, k), are students too: L(ψ) and every KL above become
+    their means over the given sizes k and the whole embedding.
 
     **The heads are parameters**: put ``loss_func.parameters()`` into an optimizer, or call
     ``add_to``. An OptimizerWarning is raised if the model is trained and the heads are not.
@@ -59,22 +62,27 @@ class S2SDLoss(Variants, LossWrapper):
         chunk_size: rows of the similarity matrices held at once; None: all.
         gather_distributed: the batch is the global one, of all ranks of torch.distributed.
         embedding_size: D. Needed only for a factory, where ``embedder`` does not end in nn.Linear.
+        matryoshka_dims: sizes k < D of the prefixes that are students as well.
+        teacher_weight: γ_t >= 0, or such a function, of each outside teacher; or one per name, as a
+            dict. Above 0, every training step takes ``teachers={name: tensor}``.
 
     Attributes:
         components: after forward, detached scalars: "base", "aux", "distill", "feature_distill"
-            (unweighted; 0 where a term is not in force), "aux_512", "distill_512" and so on.
+            (unweighted; 0 where a term is not in force), "aux_512", "distill_512" and so on. KL
+            terms are means over students. A prefix adds "base_16", a teacher "teacher_<name>".
         step: training forwards so far, saved and restored with the state_dict.
         capture: the FeatureCapture in use, or None. Assign one after unpickling a loss.
 
     Public attributes of the base loss (``proxies``, ``get_logits``) can be read here too. Settings
-    can be assigned between steps, all but ``head_dims`` and ``feature_dim``.
+    can be assigned between steps, all but ``head_dims``, ``matryoshka_dims`` and ``feature_dim``.
 
     Raises:
         S2SDError: a subclass, whose message reports the offending value and suggests a fix.
 
     Source:
         Roth et al., "Simultaneous Similarity-based Self-Distillation for Deep Metric Learning",
-        ICML 2021 (arXiv 2009.08348). The defaults are the paper's MSDF.
+        ICML 2021 (arXiv 2009.08348). The defaults are the paper's MSDF. Prefixes: Kusupati et al.,
+        "Matryoshka Representation Learning", NeurIPS 2022 (arXiv 2205.13147).
 
     Examples:
         >>> import torch
@@ -87,6 +95,17 @@ class S2SDLoss(Variants, LossWrapper):
         >>> loss_func = loss_func.add_to(optimizer)
         >>> embeddings = embedder(trunk(torch.randn(12, 20)))
         >>> loss_func(embeddings, torch.arange(12) % 3).backward()
+
+        Three index sizes from one training, and a teacher that was trained before:
+
+        >>> loss_func = S2SDLoss(
+        ...     losses.MultiSimilarityLoss(), embedder=embedder, head_dims=(64,),
+        ...     matryoshka_dims=(2, 4), teacher_weight=10.0)
+        >>> images, labels = torch.randn(12, 20), torch.arange(12) % 3
+        >>> larger = nn.Linear(20, 100).requires_grad_(False)
+        >>> loss = loss_func(embedder(trunk(images)), labels, teachers={"larger": larger(images)})
+        >>> [name for name in loss_func.components if name[-1] in "24r"]
+        ['aux_64', 'distill_64', 'base_2', 'base_4', 'teacher_larger']
     """
 
     def __init__(
@@ -108,6 +127,8 @@ class S2SDLoss(Variants, LossWrapper):
         chunk_size: int | None = None,
         gather_distributed: bool = False,
         embedding_size: int | None = None,
+        matryoshka_dims: Sequence[int] = (),
+        teacher_weight: TeacherWeight = 0.0,
     ) -> None:
         super().__init__()
         self.distill_weight, self.temperature = distill_weight, temperature
@@ -115,8 +136,8 @@ class S2SDLoss(Variants, LossWrapper):
         self.feature_distill_delay = feature_distill_delay
         self.pooling = Unowned(pooling) if isinstance(pooling, nn.Module) else pooling
         self.exclude_self, self.chunk_size = exclude_self, chunk_size
-        self.gather_distributed = gather_distributed
-        self.head_dims = validation.check_head_dims(head_dims)
+        self.gather_distributed, self.teacher_weight = gather_distributed, teacher_weight
+        self.head_dims = validation.check_dims("head_dims", head_dims)
         validation.check_settings(self)
         validation.check_parts(loss, miner, embedder, trunk, head)
         self.feature_dim = validation.check_feature_dim(
@@ -129,16 +150,18 @@ class S2SDLoss(Variants, LossWrapper):
         self.loss = cloning.make_base_loss(loss, embedding_size)
         validation.check_supported(self.loss)
         self.miner = miner
-        self.branches = UnrecordedModuleDict()
+        size = embedding_size or cloning.embedding_size_of(self.loss)
+        self.matryoshka_dims = check_matryoshka_dims(matryoshka_dims, size)
+        self.branches, heads = UnrecordedModuleDict(), {}
         for dim in self.head_dims:
             assert self.feature_dim is not None
-            self.branches[f"head_{dim}"] = Branch(
-                validation.check_head(head(self.feature_dim, dim), self.feature_dim, dim),
-                clone_loss(loss, dim) if isinstance(loss, nn.Module) else made_by(loss, dim),
-                None if miner is None else clone_miner(miner),
-            )
+            g = validation.check_head(head(self.feature_dim, dim), self.feature_dim, dim)
+            heads[f"head_{dim}"] = make_branch(g, dim, loss, miner)
+        for k in self.matryoshka_dims:
+            self.branches[f"prefix_{k}"] = make_branch(Prefix(k), k, loss, miner)
+        self.branches.update(heads)
         cloning.check_independent("loss", self._losses.losses)
-        cloning.check_independent("head", list(self._heads.values()))
+        cloning.check_independent("head", [branch.head for branch in self._branches.values()])
         validation.check_takes_pairs(self.loss, miner)
         self._stacks = self._losses.agree_with_pml()
         self.capture: FeatureCapture | None = None
@@ -146,9 +169,7 @@ class S2SDLoss(Variants, LossWrapper):
             self.capture = FeatureCapture(embedder, "input")
         elif self._distils and trunk is not None:
             self.capture = FeatureCapture(trunk, "output")
-        self.components: dict[str, Tensor] = {}
         self._guard = OptimizerGuard()
-        self.add_to_recordable_attributes(list_of_names=RECORDS, is_stat=True)
 
     def forward(
         self,
@@ -160,6 +181,7 @@ class S2SDLoss(Variants, LossWrapper):
         *,
         features: Tensor | None = None,
         ref_features: Tensor | None = None,
+        teachers: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The S2SD objective for one batch; the base loss in ``eval()`` mode.
 
@@ -172,6 +194,7 @@ class S2SDLoss(Variants, LossWrapper):
             ref_labels: (R,) labels of ``ref_emb``.
             features: φ, (B, F) or a map (B, C, H, W). Default: what was captured.
             ref_features: the features of ``ref_emb``. Default: what was captured.
+            teachers: outside teachers by name, (B, any width); see ``teacher_weight``.
 
         Returns:
             A scalar.
@@ -183,22 +206,24 @@ class S2SDLoss(Variants, LossWrapper):
         if not self.training or (features is None and not torch.is_grad_enabled()):
             return self._base_loss_alone(batch)
         gather = distributed.Gather(self.gather_distributed)
-        batch, φ = self._spaces(batch, gather, features, ref_features)
-        ψ, *g = batch.spaces
-        γ, γ_f = self._weight("distill_weight"), self._weight("feature_distill_weight")
-        m = len(g)
+        batch, others = self._spaces(batch, gather, features, ref_features, teachers)
+        n, m = 1 + len(self.matryoshka_dims), len(self.head_dims)
+        γ, *γ_others = (self._weight(term) for term in ("distill", *others))
 
-        # 1/2 [ L(ψ) + mean_i L_i(g_i(φ)) ] + γ mean_i KL(g_i(φ) -> ψ) + γ_f KL(φ -> ψ)
-        with torch.autocast(ψ.device.type, enabled=False):
-            S = self._similarities(ψ, g, φ)
-            L = self._metric_losses(S, batch)
-            KL = gather.mean(self._relation_kl(S, [ψ, *g, *φ], gather.own_rows))
-            loss = (L[0] + L[1:].mean()) / 2 + γ * KL[:m].mean() if g else L[0]
-            loss = loss + γ_f * KL[m] if φ else loss
+        # 1/2 [ mean_k L(ψ_:k) + mean_i L_i(g_i(φ)) ] + γ mean_i mean_k KL(g_i(φ) -> ψ_:k)
+        #     + γ_f mean_k KL(φ -> ψ_:k) + Σ_t γ_t mean_k KL(t -> ψ_:k)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            S = self._similarities(batch.spaces, others)
+            L = self._metric_losses(S, batch)  # n students, m heads
+            KL = gather.mean(self._relation_kl(S, batch.spaces, others, gather.own_rows))
+            (L_ψ, L_g), (KL_g, KL_others) = parts(L, n), parts(KL, m)
+            loss = (mean(L_ψ) + mean(L_g)) / 2 + γ * mean(KL_g) if m else mean(L_ψ)
+            for γ_t, KL_t in zip(γ_others, KL_others, strict=True):  # φ, then outside teachers
+                loss = loss + γ_t * KL_t
 
-        self._record(L.detach(), KL.detach())
-        if L[1:].requires_grad:
-            self._guard.check(self._heads, embeddings, self.counter)
+        self._record(L.detach(), KL.detach(), others)
+        if L.requires_grad:
+            self._guard.check(self._trained, embeddings, self.counter)
         if torch.is_grad_enabled():
             self.counter.tick()
         return gather.touch(loss, self._losses.losses)
@@ -216,29 +241,12 @@ class S2SDLoss(Variants, LossWrapper):
         units = [nn.functional.normalize(z, dim=1) for z in projected]
         return dict(zip(self.head_dims, units, strict=True))
 
-    @property
-    def _distils_features(self) -> bool:
-        return callable(self.feature_distill_weight) or self.feature_distill_weight != 0
-
-    @property
-    def _begun(self) -> bool | Tensor:
-        return self.counter.has_reached(self.feature_distill_delay)
-
-    @property
-    def _distils(self) -> bool:
-        return bool(self.head_dims) or self._distils_features
-
-    @property
-    def _branches(self) -> dict[str, Branch]:
-        return dict(self.branches.items())  # type: ignore[arg-type]
-
-    @property
-    def _losses(self) -> MetricLosses:
-        every: list[Any] = [self, *self._branches.values()]
-        return MetricLosses([of.loss for of in every], [of.miner for of in every])
-
-    def _weight(self, name: str) -> float:
-        schedule = getattr(self, name)
+    def _weight(self, term: str) -> float:
+        """What a component is multiplied by at this step: γ, γ_f, or γ_t of an outside teacher."""
+        kind, _, teacher = term.partition("_") if term.startswith("teacher_") else (term, "", "")
+        name, schedule = f"{kind}_weight", getattr(self, f"{kind}_weight")
+        if isinstance(schedule, Mapping):
+            name, schedule = f"{name}[{teacher!r}]", schedule[teacher]
         return validation.weight_at(name, schedule, self.step if callable(schedule) else 0)
 
     def _base_loss_alone(self, batch: Batch) -> Tensor:
@@ -247,104 +255,55 @@ class S2SDLoss(Variants, LossWrapper):
         validation.check_batch(embeddings, labels, pairs, ref_emb, self.loss)
         others = labels, pairs, ref_emb, ref_labels
         loss = metric_loss(self.loss, self.miner, embeddings, *others)
-        if self._distils:
+        if self._distils or self.matryoshka_dims or in_force(self.teacher_weight):
             self._guard.check_eval(loss, embeddings, self)
         self._record(loss.detach().reshape(1), loss.new_zeros(0))
         return loss
 
-    def _spaces(
-        self,
-        batch: Batch,
-        gather: distributed.Gather,
-        features: Tensor | None,
-        ref_features: Tensor | None,
-    ) -> tuple[Batch, list[Tensor]]:
-        """The checked global batch in every space, ψ first, and [φ]: [] where it does not teach."""
-        (embeddings,), (ref_emb,), labels, indices_tuple, ref_labels = batch
-        with gather.agreement(embeddings, labels, self):
-            validation.check_settings(self)
-            validation.check_batch(embeddings, labels, indices_tuple, ref_emb, self.loss)
-            validation.check_gatherable(gather.world_size, indices_tuple, ref_emb)
-            φ = self._features(features, embeddings, "features")
-            g = self._project(φ)
-            gather.compare(self)
-        spaces = [full_precision(x) for x in (gather(embeddings), *gather.joined(g))]
-        refs: list[Tensor | None] = [None for _ in spaces]
-        if ref_emb is embeddings:
-            refs = [*spaces]
-        elif ref_emb is not None:
-            if g:
-                validation.check_one_tower(embeddings, ref_emb, labels)
-            ref_φ = self._features(ref_features, ref_emb, "ref_features") if g else None
-            refs = [ref_emb, *self._project(ref_φ)]
-        teaches = self._distils_features and bool(is_compiling() or self._begun)
-        teacher = [] if φ is None or not teaches else [gather(full_precision(φ.detach()))]
-        return Batch(spaces, refs, gather(labels), indices_tuple, ref_labels), teacher
-
-    def _features(self, features: Tensor | None, embeddings: Tensor, name: str) -> Tensor | None:
-        """Pooled features φ of these embeddings: those given, or else those captured."""
-        if not self._distils:
-            return None
-        if features is None:
-            features = validation.check_capture(self.capture, name).features_of(embeddings, name)
-        validation.check_rows(features, embeddings, name)
-        return self._pooled(features, name)
-
-    def _pooled(self, features: Tensor, name: str) -> Tensor:
-        validation.check_floating(features, name)
-        pooled = pool(features, self.pooling)
-        validation.check_width(pooled, self.feature_dim, tuple(features.shape), name)
-        return pooled
-
-    def _project(self, features: Tensor | None) -> list[Tensor]:
-        """g_i(φ) of every head."""
-        if features is None:
-            return []
-        parameter = next(self.branches.parameters(), None)
-        if parameter is not None and parameter.device != features.device:
-            self.to(features.device)  # as PML's losses move their parameters themselves
-        branches = zip(self.head_dims, self._branches.values(), strict=True)
-        return [branch.project(features, dim) for dim, branch in branches]
-
-    def _similarities(self, ψ: Tensor, g: list[Tensor], φ: list[Tensor]) -> Similarities | None:
+    def _similarities(self, spaces: list[Tensor], others: dict[str, Tensor]) -> Similarities | None:
         """cos in every space; None if nothing is distilled, or in chunks."""
-        if self.chunk_size is not None or not (g or φ):
+        if self.chunk_size is not None or not (self.head_dims or others):
             return None
-        return similarities([x.to(ψ.dtype) for x in (ψ, *g)], [x.to(ψ.dtype) for x in φ])
+        spaces = [x.to(spaces[0].dtype) for x in spaces]
+        return similarities(spaces, [*others.values()], 1 + len(self.matryoshka_dims))
 
     def _metric_losses(self, S: Similarities | None, batch: Batch) -> Tensor:
-        """L in every space, (1 + m,)."""
+        """L in every space, (students + m,)."""
         losses = self._losses
         if self._stacks and losses.can_stack(batch):
             return losses.stacked(batch, None if S is None else S.spaces)
         return losses.one_by_one(batch)
 
     def _relation_kl(
-        self, S: Similarities | None, spaces: list[Tensor], rows: tuple[int, int] | None
+        self,
+        S: Similarities | None,
+        spaces: list[Tensor],
+        others: dict[str, Tensor],
+        rows: tuple[int, int] | None,
     ) -> Tensor:
-        """KL(teacher -> ψ) of all spaces but the first, ψ, over this rank's rows."""
+        """mean_k KL(teacher -> ψ_:k) of heads and others, over this rank's rows: (m + others,)."""
         a, b = rows or (0, len(spaces[0]))
         softmax = (self.temperature, self.exclude_self)
         if S is None:
-            kl = rows_kl(spaces[0], spaces[1:], (a, b), *softmax, self.chunk_size)
+            n = 1 + len(self.matryoshka_dims)
+            teachers = [*spaces[n:], *others.values()]
+            kl = rows_kl(spaces[:n], teachers, (a, b), *softmax, self.chunk_size)
         else:
-            kl = similarity_kl(S.student[a:b], S.teachers[:, a:b], a, *softmax)
-        if is_compiling() and len(kl) > len(self.head_dims):
-            kl = torch.cat([kl[:-1], kl[-1:] * self._begun])
+            kl = similarity_kl(S.students[..., a:b, :], S.teachers[:, a:b], a, *softmax)
+        if is_compiling() and "feature_distill" in others:
+            m = len(self.head_dims)
+            kl = torch.cat([kl[:m], kl[m : m + 1] * self._begun, kl[m + 1 :]])
         return kl
 
-    def _record(self, L: Tensor, KL: Tensor) -> None:
-        """Keep the components, all keys every time: loggers want series of equal length."""
-        zero, m = L.new_zeros(()), len(self.head_dims)
-        aux, kl = (list(x) or [zero] * m for x in (L[1:], KL[:m]))
-        self.components = {
-            "base": L[0],
-            "aux": L[1:].mean() if len(L) > 1 else zero,
-            "distill": KL[:m].mean() if m and len(KL) else zero,
-            "feature_distill": KL[m] if len(KL) > m else zero,
-        }
-        for dim, aux_loss, divergence in zip(self.head_dims, aux, kl, strict=True):
-            self.components |= {f"aux_{dim}": aux_loss, f"distill_{dim}": divergence}
-        if self.collect_stats:
-            for record in RECORDS:
-                setattr(self, record, self.components[record.removesuffix("_loss")].item())
+
+def mean(values: Tensor) -> Tensor:
+    """The mean of (n,) values; one value costs no operation."""
+    return values.mean() if len(values) > 1 else values.reshape(())
+
+
+def parts(values: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """The first values and the others; all or none cost no operation."""
+    if first in (0, len(values)):
+        return values[:first], values[first:]
+    front, back = torch.split(values, [first, len(values) - first])
+    return front, back

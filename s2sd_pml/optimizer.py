@@ -225,8 +225,9 @@ class OptimizerGuard:
         modules = {name: m for name, ref in self._heads.items() if (m := ref()) is not None}
         self._ids = {name: _ids(m.parameters()) for name, m in modules.items()}
         self._stepped |= {name for name, ids in self._ids.items() if ids & held}
-        in_heads, in_model = set[int]().union(*self._ids.values()), _ids(leaves)
-        self._saw_heads |= bool(in_heads & held)
+        self._saw_heads |= any(ids & held for ids in self._ids.values())
+        heads = (ids for name, ids in self._ids.items() if not name.startswith("prefix"))
+        in_heads, in_model = set[int]().union(*heads), _ids(leaves)
         self._saw_model |= bool(in_model & held) or _sharded(leaves, optimizer)
         for group in optimizer.param_groups:
             ids, rate = _ids(group["params"]), _rate(group, "initial_lr")  # of a warm-up, its goal
@@ -275,18 +276,18 @@ class OptimizerGuard:
         still = [n for n in still if self._stands(n, trained[n], values=True)]
         optimizers = (o for o in gc.get_objects() if issubclass(type(o), Optimizer))
         held = set[int]().union(*map(_held, optimizers))
-        ids = {n: _ids(trained[n]) | self._ids.get(n, set()) for n in still}
-        forgotten = [n for n in still if not ids[n] & held]
+        forgotten = [n for n in still if not (_ids(trained[n]) | self._ids.get(n, set())) & held]
         if still and not forgotten and self._patience < LATE:
             self._patience = LATE  # they may be stepped rarely
             return
         self._stop()
         why = "They seem to be in no optimizer" if forgotten else "Their optimizer never stepped"
+        kinds = "auxiliary heads" + " and prefixes" * any(n.startswith("prefix") for n in trained)
         if still := forgotten or still:
             self._warn(
                 f"The model was stepped {self._model_steps} times, but the parameters of "
-                f"{len(still)} of the {len(trained)} auxiliary heads never changed "
-                f"({', '.join(still)}). {why}: then S2SD distils from untrained heads. Call "
+                f"{len(still)} of the {len(trained)} {kinds} never changed "
+                f"({', '.join(still)}). {why}: then S2SD works with untrained ones. Call "
                 "loss_func.add_to(optimizer), or build the optimizer over [*model.parameters(), "
                 "*loss_func.parameters()]; with a PML trainer pass an optimizer over "
                 "loss_func.parameters() as 'metric_loss_optimizer'."

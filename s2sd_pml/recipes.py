@@ -8,7 +8,7 @@ from torch import nn
 
 from .errors import ArgumentError
 from .heads import ProjectionHead
-from .validation import check_head_dims
+from .validation import check_dims
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -84,7 +84,7 @@ def variant_settings(variant: str, given: dict[str, Any]) -> dict[str, Any]:
     settings, dims = dict(given), given.get("head_dims", RecipeDims(PAPER_HEAD_DIMS))
     if variant == "dsd" and isinstance(dims, RecipeDims):
         dims = (max(dims),)
-    settings["head_dims"] = dims = check_head_dims(dims)
+    settings["head_dims"] = dims = check_dims("head_dims", dims)
     if not dims:
         raise _contradiction(variant, "head_dims", dims, "S2SDLoss(...)")
     if variant == "dsd" and len(dims) > 1:

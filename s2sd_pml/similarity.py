@@ -17,17 +17,26 @@ BLOCK = 256  # rows of a symmetric product at a time
 class Similarities(NamedTuple):
     """The block of similarity matrices, and what the KL takes of it."""
 
-    student: Tensor  # cos(ψ), (B, B)
-    spaces: Tensor  # cos of ψ and every head, (1 + m, B, B), for the metric losses
+    students: Tensor  # cos(ψ), (B, B); with prefixes of ψ (students, B, B)
+    spaces: Tensor  # cos of students and heads, (students + m, B, B), for the metric losses
     teachers: Tensor  # cos of every teacher, (teachers, B, B), detached
 
 
-def similarities(spaces: Sequence[Tensor], others: Sequence[Tensor]) -> Similarities:
-    """The block of embeddings and heads, ψ first, who teach it together with the others."""
+def similarities(
+    spaces: Sequence[Tensor], others: Sequence[Tensor], students: int = 1
+) -> Similarities:
+    """The block of students and heads; heads and others are the teachers.
+
+    Args:
+        spaces: ψ, its prefixes, then the heads, (B, d_i).
+        others: further teachers (B, d_j).
+        students: how many of the spaces come before the heads.
+    """
     matrices = [cosines(x) for x in spaces]
     with torch.no_grad():
-        teachers = torch.stack([*matrices[1:], *(cosines(x) for x in others)])
-    return Similarities(matrices[0], torch.stack(matrices), teachers)
+        teachers = torch.stack([*matrices[students:], *(cosines(x) for x in others)])
+    block = torch.stack(matrices)
+    return Similarities(matrices[0] if students == 1 else block[:students], block, teachers)
 
 
 def cosines(x: Tensor) -> Tensor:

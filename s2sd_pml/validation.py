@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 from numbers import Integral, Real
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .capture import FeatureCapture
 from .counter import is_compiling
-from .errors import ArgumentError, BatchError, DistributedError, MissingFeaturesError
+from .errors import ArgumentError, BatchError, MissingFeaturesError
 from .errors import UnsupportedLossError as Unsupported
 from .heads import POOLINGS, input_width, is_linear
 from .rows import parameters_behind
@@ -58,9 +58,16 @@ def weight_at(name: str, schedule: Any, step: int) -> float:
 
 def check_settings(loss_func: Any) -> None:
     """The scalar settings of an S2SDLoss. Runs every step: they may be assigned in between."""
-    for name in ("distill_weight", "feature_distill_weight"):
-        if not callable(getattr(loss_func, name)):
-            check_weight(name, getattr(loss_func, name))
+    names = ("distill_weight", "feature_distill_weight", "teacher_weight")
+    weights = {name: getattr(loss_func, name) for name in names}
+    if isinstance(loss_func.teacher_weight, Mapping):
+        of_each = weights.pop("teacher_weight")
+        if not all(isinstance(teacher, str) for teacher in of_each):
+            raise _must_be("teacher_weight", of_each, "a dict whose keys are the teachers' names")
+        weights |= {f"teacher_weight[{t!r}]": weight for t, weight in of_each.items()}
+    for name, weight in weights.items():
+        if not callable(weight):
+            check_weight(name, weight)
     check_positive("temperature", loss_func.temperature)
     check_whole("feature_distill_delay", loss_func.feature_distill_delay, at_least=0)
     if loss_func.chunk_size is not None:
@@ -73,15 +80,16 @@ def check_settings(loss_func: Any) -> None:
         raise _must_be("pooling", loss_func.pooling, what)
 
 
-def check_head_dims(dims: Sequence[int], name: str = "head_dims") -> tuple[int, ...]:
+def check_dims(
+    name: str, dims: Sequence[int], fix: str = "Use neighbouring ones, such as (512, 513)"
+) -> tuple[int, ...]:
     """Whole numbers above 0, all different; returned as a tuple of int."""
     given = tuple(dims) if isinstance(dims, Iterable) and not isinstance(dims, str) else (None,)
     if not all(isinstance(d, Integral) and not isinstance(d, bool) and d > 0 for d in given):
         raise _must_be(name, dims, "a sequence of whole numbers above 0, such as (512, 1024)")
     if len(set(given)) < len(given):
         raise ArgumentError(
-            f"{name}={given} repeats a dimension, and the dimension is the name of a space. "
-            "Use neighbouring ones, such as (512, 513)."
+            f"{name}={given} repeats a dimension, and the dimension is the name of a space. {fix}."
         )
     return tuple(int(d) for d in given)
 
@@ -299,15 +307,20 @@ def check_rows(features: Any, embeddings: Tensor, name: str) -> None:
             f"{name} has shape {tuple(features.shape)} but there are {len(embeddings)} embeddings. "
             "Pass the features of the same batch, in the same order."
         )
-    if features.device != embeddings.device:
-        raise BatchError(
-            f"{name} is on {features.device} and the embeddings are on {embeddings.device}. "
-            f"Pass {name}.to({str(embeddings.device)!r})."
-        )
+    check_device(features, embeddings, name)
     if not is_compiling() and features.is_inference() and torch.is_grad_enabled():
         raise MissingFeaturesError(
             f"{name} come from torch.inference_mode(), and the heads cannot be trained on such "
             f"tensors. Compute them under torch.no_grad(), or pass {name}.clone()."
+        )
+
+
+def check_device(x: Tensor, embeddings: Tensor, name: str) -> None:
+    """The device of the embeddings."""
+    if x.device != embeddings.device:
+        raise BatchError(
+            f"{name} is on {x.device} and the embeddings are on {embeddings.device}. "
+            f"Pass {name}.to({str(embeddings.device)!r})."
         )
 
 
@@ -319,15 +332,6 @@ def check_width(pooled: Tensor, dim: int | None, shape: tuple[int, ...], name: s
             f"feature_dim={dim}. Pass the features that the embedder takes, or build the loss with "
             f"feature_dim={pooled.shape[1]}."
         )
-
-
-def check_gatherable(world_size: int, indices_tuple: Any, ref_emb: Any) -> None:
-    """Nothing was given that cannot be gathered over ranks."""
-    seen = "is of this rank's batch, but gather_distributed=True works on the global batch"
-    if world_size > 1 and indices_tuple is not None:
-        raise DistributedError(f"indices_tuple {seen}. Pass the miner to S2SDLoss instead.")
-    if world_size > 1 and ref_emb is not None:
-        raise DistributedError(f"ref_emb {seen}. Leave it out, or use gather_distributed=False.")
 
 
 def package_of(module: str) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import UserDict
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pytorch_metric_learning.utils.module_with_records import ModuleWithRecords
-from torch import nn
+from torch import Tensor, nn
 
+from .branches import Branch, MetricLosses
 from .counter import StepCounter, rename_step
 from .errors import ArgumentError
 from .optimizer import add_to, param_groups
+from .teachers import OutsideTeachers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,8 +25,9 @@ FIXED = ("head_dims", "feature_dim", "matryoshka_dims")
 ONLY_AT_CONSTRUCTION = ("embedder", "trunk", "head", "embedding_size")
 SETTINGS = (
     "feature_dim head_dims distill_weight temperature feature_distill_weight feature_distill_delay "
-    "pooling exclude_self chunk_size gather_distributed"
+    "pooling exclude_self chunk_size gather_distributed matryoshka_dims teacher_weight"
 ).split()
+RECORDS = ["base_loss", "aux_loss", "distill_loss", "feature_distill_loss"]
 
 
 class LossWrapper(ModuleWithRecords):  # type: ignore[misc]
@@ -32,10 +36,15 @@ class LossWrapper(ModuleWithRecords):  # type: ignore[misc]
     loss: nn.Module
     miner: nn.Module | None
     branches: UnrecordedModuleDict
+    head_dims: tuple[int, ...]
+    matryoshka_dims: tuple[int, ...]
 
     def __init__(self) -> None:
         super().__init__()
         self.counter = StepCounter()
+        self.components: dict[str, Tensor] = {}
+        self._outside = OutsideTeachers()
+        self.add_to_recordable_attributes(list_of_names=RECORDS, is_stat=True)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # not as a hook of load_state_dict: PML's record keeper walks a module's hooks
@@ -83,11 +92,49 @@ class LossWrapper(ModuleWithRecords):  # type: ignore[misc]
         return self
 
     @property
-    def _heads(self) -> dict[str, nn.Module]:
-        return {name: branch.head for name, branch in self.branches.items()}  # type: ignore[misc]
+    def _branches(self) -> dict[str, Branch]:
+        return dict(self.branches.items())  # type: ignore[arg-type]
+
+    @property
+    def _losses(self) -> MetricLosses:
+        every: list[Any] = [self, *self._branches.values()]
+        return MetricLosses([of.loss for of in every], [of.miner for of in every])
+
+    @property
+    def _trained(self) -> dict[str, nn.Module]:
+        """What an optimizer must hold: the heads, and the losses of prefixes."""
+        branches = self._branches.items()
+        return {n: branch.head if n.startswith("head") else branch for n, branch in branches}
 
     def _head_parameters(self) -> list[nn.Parameter]:
-        return [p for head in self._heads.values() for p in head.parameters()]
+        return [p for branch in self._branches.values() for p in branch.head.parameters()]
+
+    def _record(self, L: Tensor, KL: Tensor, others: Iterable[str] = ()) -> None:
+        """Keep the components, all keys every time: loggers want series of equal length.
+
+        Args:
+            L: of the students and heads, or of the whole embedding alone.
+            KL: of the heads and others, or empty.
+            others: components of the teachers that are no heads.
+        """
+        zero, n, m = L.new_zeros(()), 1 + len(self.matryoshka_dims), len(self.head_dims)
+        prefixes, aux = list(L[1:n]) or [zero] * (n - 1), list(L[n:]) or [zero] * m
+        kl = list(KL[:m]) or [zero] * m
+        self.components = {
+            "base": L[0],
+            "aux": L[n:].mean() if len(L) > n else zero,
+            "distill": KL[:m].mean() if m and len(KL) else zero,
+            "feature_distill": zero,
+        }
+        for dim, aux_loss, divergence in zip(self.head_dims, aux, kl, strict=True):
+            self.components |= {f"aux_{dim}": aux_loss, f"distill_{dim}": divergence}
+        for dim, prefix_loss in zip(self.matryoshka_dims, prefixes, strict=True):
+            self.components[f"base_{dim}"] = prefix_loss
+        self.components |= {f"teacher_{name}": zero for name in self._outside.names}
+        self.components |= dict(zip(others, KL[m:], strict=True))
+        if self.collect_stats:
+            for record in RECORDS:
+                setattr(self, record, self.components[record.removesuffix("_loss")].item())
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in SETTINGS)

@@ -22,7 +22,7 @@ SMALL = {
     "--losses Contrastive",
     "distillation": "--repeats 2 --batches 8 --teachers 6 7 --embedding-size 4 --chunk-size 3",
     "full_step": "--repeats 2 --backbone cnn --batch 8 --sizes 16 --dims 6 7" + FUSED,
-    "launches": "--batch 8 --features 5 --dims 6 7 --losses Circle",
+    "launches": "--batch 8 --features 5 --dims 6 7 --losses Circle --prefixes 2 3",
 }
 
 

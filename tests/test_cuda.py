@@ -38,6 +38,7 @@ CASES = {
     "classes": lambda: (losses.ArcFaceLoss(6, D), None),
     "memory": lambda: (losses.CrossBatchMemory(losses.ContrastiveLoss(), D, 64), None),
 }
+BEYOND = {"matryoshka_dims": (2, 4), "teacher_weight": 3.0}
 SETTINGS = {
     "paper": {},
     "small-data": {
@@ -47,6 +48,8 @@ SETTINGS = {
     },
     "chunks": {"chunk_size": 7},
     "maps": {"pooling": "avg+max"},
+    "prefixes": {"matryoshka_dims": (4, 2)},
+    "prefixes in chunks": {"matryoshka_dims": (4, 2), "chunk_size": 7},
 }
 
 
@@ -275,10 +278,11 @@ def test_the_kl_waits_for_nothing(chunk_size):
         distil()
 
 
-@pytest.mark.parametrize("how", ["given", "captured"])
+@pytest.mark.parametrize("how", ["given", "captured", "beyond"])
 @pytest.mark.parametrize("case", ["multi-similarity", "not mined", "lifted"])
 def test_a_training_step_waits_for_nothing(case, how):
-    model, loss_func = make(GPU, case, feature_distill_delay=3)
+    beyond = BEYOND if how == "beyond" else {}
+    model, loss_func = make(GPU, case, feature_distill_delay=3, **beyond)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     loss_func.add_to(optimizer)
     x, y = images().to(GPU), labels().to(GPU)
@@ -286,6 +290,7 @@ def test_a_training_step_waits_for_nothing(case, how):
     def step():
         features = model.trunk(x).mean(dim=(2, 3))
         given = {"features": features} if how == "given" else {}
+        given |= {"teachers": {"t": x.flatten(1)}} if beyond else {}
         loss_func(model.embedder(features), y, **given).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -304,34 +309,37 @@ def leaves_on_the_gpu():
     return x, torch.randn(24, 12, device=GPU, dtype=torch.float64, requires_grad=True)
 
 
-def step_of(loss_func, embeddings, features, y):
+def step_of(loss_func, embeddings, features, y, **given):
     """The value and the gradients, in buffers that stay where they are."""
-    value = loss_func(embeddings, y, features=features)
+    value = loss_func(embeddings, y, features=features, **given)
     value.backward()
     return value
 
 
+@pytest.mark.parametrize("beyond", [{}, BEYOND], ids=["paper", "prefixes and a teacher"])
 @pytest.mark.parametrize("case", ["multi-similarity", "not mined"])
-def test_the_step_can_be_captured_in_a_cuda_graph(case):
+def test_the_step_can_be_captured_in_a_cuda_graph(case, beyond):
     """Replayed with other numbers in its inputs, it gives what an eager step gives."""
-    _, loss_func = make(GPU, case, dtype=torch.float64)
+    _, loss_func = make(GPU, case, dtype=torch.float64, **beyond)
     (embeddings, features), y = leaves_on_the_gpu(), labels().to(GPU)
+    teacher = torch.randn(24, 7, device=GPU)
+    given = {"teachers": {"t": teacher}} if beyond else {}
     trained = [embeddings, features, *loss_func.parameters()]
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):
         for _ in range(3):  # as PyTorch asks for before a capture
-            step_of(loss_func, embeddings, features, y)
+            step_of(loss_func, embeddings, features, y, **given)
     torch.cuda.current_stream().wait_stream(beside)
     for p in trained:
         p.grad = None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        value = step_of(loss_func, embeddings, features, y)
+        value = step_of(loss_func, embeddings, features, y, **given)
     for seed in range(3):
         torch.manual_seed(seed)
         with torch.no_grad():
-            for x in (embeddings, features):
+            for x in (embeddings, features, teacher):
                 x.copy_(torch.randn_like(x))
             y.copy_(torch.randint(6, (24,)))
         graph.replay()
@@ -339,7 +347,7 @@ def test_the_step_can_be_captured_in_a_cuda_graph(case):
         copies = [p.grad for p in trained]
         for p in trained:
             p.grad = None
-        want = step_of(loss_func, embeddings, features, y)
+        want = step_of(loss_func, embeddings, features, y, **given)
         want = [want.detach(), *(p.grad for p in trained)]
         for p, grad in zip(trained, copies, strict=True):
             p.grad = grad  # the graph writes to these

@@ -109,7 +109,7 @@ def test_parts_of_the_rows_make_up_the_whole(cuts, exclude_self, chunk_size):
     def by_parts(student, teachers):
         parts = itertools.pairwise(cuts)
         options = (0.5, exclude_self, chunk_size)
-        means = [(b - a) * rows_kl(student, teachers, (a, b), *options) for a, b in parts]
+        means = [(b - a) * rows_kl([student], teachers, (a, b), *options) for a, b in parts]
         return sum(means) / len(student)
 
     found = value_and_grad(by_parts, student, teachers)
@@ -121,9 +121,9 @@ def test_parts_of_the_rows_make_up_the_whole(cuts, exclude_self, chunk_size):
 
 def test_a_part_of_the_rows_is_their_own_mean():
     student, teachers = batch(6, 4)
-    rows = [rows_kl(student, teachers, (i, i + 1), 1.0, False, None) for i in range(6)]
+    rows = [rows_kl([student], teachers, (i, i + 1), 1.0, False, None) for i in range(6)]
     assert len({round(float(row), 9) for row in rows}) == 6
-    found = rows_kl(student, teachers, (2, 5), 1.0, False, 2)
+    found = rows_kl([student], teachers, (2, 5), 1.0, False, 2)
     torch.testing.assert_close(found, torch.stack(rows[2:5]).mean(dim=0), **EXACT)
 
 

@@ -233,7 +233,7 @@ def test_what_is_compiled_is_the_same_as_it_stands(kwargs, monkeypatch):
     first = S2SDLoss(*ms(), **kwargs).double()
     second = copy.deepcopy(first)
     want = trained(first, first, 4)
-    for module in ("loss", "counter", "validation"):
+    for module in ("loss", "spaces", "teachers", "counter", "validation"):
         monkeypatch.setattr(f"s2sd_pml.{module}.is_compiling", lambda: True)
     torch.testing.assert_close(trained(second, second, 4), want, rtol=1e-12, atol=1e-12)
 

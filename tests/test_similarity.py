@@ -107,8 +107,8 @@ def test_teachers_are_the_other_spaces_in_order_detached(others):
     given = spaces(3, 9, 4)
     more = [torch.randn(len(given[0]), 2, dtype=given[0].dtype) for _ in range(others)]
     found = similarities(given, more)
-    assert found.student is not found.spaces
-    torch.testing.assert_close(found.student, plain(given[0]))
+    assert found.students is not found.spaces
+    torch.testing.assert_close(found.students, plain(given[0]))
     torch.testing.assert_close(found.spaces, torch.stack([plain(x) for x in given]))
     torch.testing.assert_close(found.teachers, torch.stack([plain(x) for x in given[1:] + more]))
     assert not found.teachers.requires_grad

@@ -73,32 +73,37 @@ SMALL = (
 MSDF, MSDFA = SMALL.format(variant="msdf"), SMALL.format(variant="msdfa")
 # where heads teach the refitted embedder alone
 KL = f"--refit-weight {RECIPE['distill_weight']} {SOFTMAX}"
-HEADS = "--s2sd-only --variant msd --distill-weight 0 {kl}"
+HEADS = "--s2sd-only --variant msd --feature-distill-weight 0 --distill-weight 0 {kl}"
+PREFIXES = "--embedding-size 128 --matryoshka-dims 16 32 64"
 BIG = f"--baseline-only --embedding-size {LARGE} --cut {CUTS}"
 METHODS = {
     BASE: Method("--baseline-only", "base"),
     "heads, no KL": Method(HEADS),
-    "DSD": Method("--s2sd-only --variant dsd"),
-    "MSD": Method("--s2sd-only --variant msd"),
+    "DSD": Method("--s2sd-only --variant dsd --feature-distill-weight 0"),
+    "MSD": Method("--s2sd-only --variant msd --feature-distill-weight 0"),
     "MSDF": Method("--s2sd-only --variant msdf"),
     "MSDFA": Method("--s2sd-only --variant msdfa"),
     "MSDF, small-data": Method(MSDF),
     "MSDFA, small-data": Method(MSDFA),
     "base, twice the steps": Method("--baseline-only --epochs {twice}", "base"),
     f"base, {REFIT}": Method("--baseline-only", f"base, {REFIT}"),
+    f"MSDF, {REFIT}": Method("--s2sd-only --variant msdf", f"S2SD, {REFIT}"),
     f"heads, {REFIT}": Method(HEADS, f"S2SD, {REFIT}"),
     f"MSDF, small-data, {REFIT}": Method(MSDF, f"S2SD, {REFIT}"),
     f"MSDFA, small-data, {REFIT}": Method(MSDFA, f"S2SD, {REFIT}"),
     f"base {LARGE} + PCA": Method(BIG, "PCA {size}", sized=False),
     "Matryoshka": Method(
-        f"--baseline-only --embedding-size 128 --matryoshka-dims 8 16 32 64 --cut {CUTS[:-4]}",
-        "first {size}",
-        sized=False,
-        largest=128,
+        f"--baseline-only {PREFIXES}", "base, first {size}", sized=False, largest=128
     ),
-    "two-stage distillation": Method(
-        "--s2sd-only --variant msdf --feature-distill-delay 0", teacher=BIG
+    "MSDF, Matryoshka": Method(
+        f"--s2sd-only --variant msdf {PREFIXES}", "S2SD, first {size}", sized=False, largest=128
     ),
+    "MSDF, small-data, Matryoshka": Method(
+        f"{MSDF} {PREFIXES}", "S2SD, first {size}", sized=False, largest=128
+    ),
+    "MSDF and lite2": Method("--s2sd-only --variant msdf --teacher lite2"),
+    "lite2": Method("--s2sd-only --teacher lite2 --dims --feature-distill-weight 0"),
+    "two-stage distillation": Method("--s2sd-only --dims --feature-distill-weight 0", teacher=BIG),
 }
 STOPPED = 130  # the exit status after Ctrl-C
 
@@ -147,8 +152,9 @@ def run_cell(cell: Cell) -> None:
 def keep(cell: Cell, wall_seconds: float) -> None:
     """Write the results of a trained cell, whole or not at all."""
     config = json.loads((cell.folder / "config.json").read_text())
-    for name in ("teacher", "command"):
-        del config[name]  # no number depends on these paths
+    del config["command"]  # no number depends on these paths
+    if cell.teacher:
+        del config["teacher"]
     with open(cell.folder / "metrics.csv", newline="") as file:
         found = list(csv.DictReader(file))
     scores: dict[str, dict[str, float]] = {}
@@ -186,8 +192,7 @@ def grid(args: argparse.Namespace, rest: list[str]) -> list[Entry]:
     refitted = [name for name, method in methods.items() if REFIT in method.row]
     if refitted and not known.refit:
         raise SystemExit(f"{refitted[0]!r} needs --refit STEPS, such as --refit 500")
-    others = [name for name in ("Matryoshka", "two-stage distillation") if name in methods]
-    if others and known.refit:
+    if others := [name for name in methods if "Matryoshka" in name and known.refit]:
         raise SystemExit(f"{others[0]!r} has no {REFIT}: run it without --refit")
     common = [*rest, *(["--validation"] if args.validation else [])]
 
@@ -200,15 +205,15 @@ def grid(args: argparse.Namespace, rest: list[str]) -> list[Entry]:
     entries = []
     for size, seed in product(args.sizes, args.seeds):
         for name, method in methods.items():
-            if not method.sized and size > method.largest:
-                continue
+            if not method.sized and str(size) not in method.flags.split():
+                continue  # none of its sizes
             before = cell(method.teacher, None, seed) if method.teacher else None
             own = cell(
                 method.flags, size if method.sized else None, seed, before.path if before else None
             )
             row = method.row.format(size=size)
             if not method.sized and size == method.largest:
-                row = "base"
+                row = "S2SD" if row.startswith("S2SD") else "base"
             if before:
                 entries.append(Entry("", LARGE, seed, "base", before))  # to be trained, not shown
             entries.append(Entry(name, size, seed, row, own))

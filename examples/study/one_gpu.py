@@ -1,6 +1,6 @@
 """The grid of compare.py on one GPU: the same cells, batches, losses and results, much sooner.
 
-    python examples/one_gpu.py examples/recipes/cub.plan --root DIR
+    python examples/study/one_gpu.py examples/study/cub.plan --root DIR
 
 - The images of all steps are cropped beforehand, by all CPU cores, as train.py does it.
 - A training step, from pixels to the optimizer, is one CUDA graph.
@@ -14,33 +14,41 @@ Losses that read from the device (most miners) are trained without a graph. Prec
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import gc
 import multiprocessing
 import os
 import shlex
 import shutil
+import sys
+import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import compare
-import images as image_module
 import numpy as np
-import options
-import report
 import torch
-import train
-from compare import BASE, Cell
-from images import InMemory, Split
-from torch import Tensor
+import torch._inductor.config
+from pytorch_metric_learning.losses import MultiSimilarityLoss
+from torch import Tensor, nn
 
-from s2sd_pml import S2SDLoss
+from s2sd_pml import S2SDLoss, stacking
 
-WARM = 3  # eager steps before a capture, as PyTorch asks for
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of trainer and study
+
+from trainer import export, images, objectives, options, report, training
+from trainer.images import InMemory, Split
+
+from study import compare
+from study.compare import BASE, Cell
+
+WARM = 11  # eager steps before a capture: as PyTorch asks for, and until the guard is content
+PATIENCE = 30  # seconds between two processes' first compilations
 PARTS = 64  # steps that a process crops at a time
-CROPS = Path("/dev/shm/s2sd-crops")
 KEY = ("dataset", "root", "image_size", "validation", "validation_share", "batch_size", "per_class")
 
 
@@ -66,7 +74,7 @@ def crops_name(args: Any) -> str:
 def load(argv: tuple[str, ...]) -> Split:
     """The data set of some flags."""
     args = options.parse(options.parser(), list(argv))
-    return train.prepare(args)[0]
+    return training.prepare(args)[0]
 
 
 def data_flags(args: Any) -> tuple[str, ...]:
@@ -74,7 +82,7 @@ def data_flags(args: Any) -> tuple[str, ...]:
     flags = ["--dataset", args.dataset, "--validation-share", str(args.validation_share)]
     flags += ["--root", str(args.root)] if args.root else []
     flags += ["--image-size", str(args.image_size)] + (["--validation"] if args.validation else [])
-    return tuple([*flags, "--batch-size", str(args.batch_size), "--device", "cpu"])
+    return (*flags, "--batch-size", str(args.batch_size), "--device", "cpu")
 
 
 def parsed(cell: Cell) -> Any:
@@ -89,31 +97,47 @@ def crop(crops: Crops, first: int) -> None:
     """The images of some steps."""
     torch.set_num_threads(1)
     split = load(data_flags(crops.args))
-    image_module.Files.decoded = DECODED  # every file once
+    images.Files.decoded = staticmethod(DECODED)  # every file once
     last = min(first + PARTS, crops.steps)
-    batches = train.make_batches(crops.args, split.train).between(first, last)
+    batches = training.make_batches(crops.args, split.train).between(first, last)
     memory = np.load(crops.path, mmap_mode="r+")
     for step, key in enumerate(batches, first):
         memory[step] = split.train[key][0].numpy()
 
 
-DECODED = functools.cache(image_module.Files.decoded)
+DECODED = functools.cache(images.Files.decoded)
+LABELS: dict[Path, Tensor] = {}
 
 
 def labels_of(crops: Crops) -> Tensor:
     """The labels of all steps, (steps, B)."""
+    if crops.path in LABELS:
+        return LABELS[crops.path]
     train_images = load(data_flags(crops.args)).train
-    batches = train.make_batches(crops.args, train_images).between(0, crops.steps)
-    return torch.stack([train_images.labels[torch.as_tensor(rows)] for rows, _ in batches])
+    batches = training.make_batches(crops.args, train_images).between(0, crops.steps)
+    rows_of_steps = [torch.as_tensor(rows) for rows, _ in batches]
+    LABELS[crops.path] = torch.stack([train_images.labels[rows] for rows in rows_of_steps])
+    return LABELS[crops.path]
 
 
 def make_crops(crops: Crops, pool: Any) -> list[Any]:
     """Start cropping; the results to wait for."""
     split = load(data_flags(crops.args))
-    ((rows, seeds),) = train.make_batches(crops.args, split.train).between(0, 1)
+    ((rows, seeds),) = training.make_batches(crops.args, split.train).between(0, 1)
     one = split.train[rows, seeds][0].numpy()
     np.lib.format.open_memmap(crops.path, "w+", one.dtype, (crops.steps, *one.shape)).flush()
     return [pool.apply_async(crop, (crops, first)) for first in range(0, crops.steps, PARTS)]
+
+
+class Stacked(nn.Module):
+    """A base loss and its miner as S2SDLoss computes them: PML's values, nothing read back."""
+
+    def __init__(self, loss: nn.Module, miner: nn.Module | None) -> None:
+        super().__init__()
+        self.loss, self.miner = loss, miner
+
+    def forward(self, embeddings: Tensor, labels: Tensor, _: object = None) -> Tensor:
+        return stacking.stacked_losses([self.loss], [self.miner], [embeddings], labels)[0]
 
 
 class Lane:
@@ -121,8 +145,10 @@ class Lane:
 
     def __init__(self, cell: Cell, args: Any, split: Split, store: Tensor, labels: Tensor) -> None:
         self.cell, self.args, self.split = cell, args, split
-        name, make = (BASE, train.base_loss) if args.baseline_only else ("S2SD", train.s2sd_loss)
-        self.trainer = train.Trainer(name, make, args, split, None, {}, None)
+        name, make = (
+            (BASE, objectives.base_loss) if args.baseline_only else ("S2SD", objectives.s2sd_loss)
+        )
+        self.trainer = training.Trainer(name, make, args, split, None, {}, None)
         self.store, self.labels = store, labels
         self.now = torch.zeros(1, dtype=torch.long, device=args.device)
         self.recorded: Tensor | None = None
@@ -136,12 +162,15 @@ class Lane:
                 if args.schedule != "constant":
                     group["lr"] = torch.tensor(group["lr"], device=args.device)
         delay = getattr(self.trainer.loss_func, "feature_distill_delay", 0)
-        ramp = [*range(*(args.ramp or (0, 0)))]
-        self.captured_at = {WARM, delay, delay + 1, *ramp} if delay else {WARM}
-        self.captures = self.on_gpu and not ramp
+        self.captured_at = {WARM, max(delay, WARM)}  # feature distillation is another graph
+        base = getattr(self.trainer.loss_func, "loss", self.trainer.loss_func)
+        self.captures = self.on_gpu and type(base) is MultiSimilarityLoss and not args.ramp
+        if self.captures and base is self.trainer.loss_func:
+            self.trainer.objective = Stacked(base, self.trainer.miner)
+            self.trainer.miner = None
 
     def step(self) -> None:
-        """One training step of all that train.Trainer does, with nothing read from the device."""
+        """One training step of all that Trainer.batch does, with nothing read from the device."""
         t = self.trainer
         pixels = self.store.index_select(0, self.now)[0]
         labels = self.labels.index_select(0, self.now)[0]
@@ -170,6 +199,7 @@ class Lane:
         t = self.trainer
         if not self.on_gpu:
             self.step()
+            t.schedule.step()
         else:
             with torch.cuda.stream(self.stream):
                 if self.captures and step in self.captured_at and step >= WARM:
@@ -178,25 +208,18 @@ class Lane:
                     self.step()
                 else:
                     self.graph.replay()
-        t.schedule.step()
+                t.schedule.step()
         t.run.step += 1
 
     def capture(self, step: int) -> None:
-        """The step as a graph; one that cannot be captured is taken as before."""
+        """The step as a graph."""
         loss_func = self.trainer.loss_func
-        self.stream.synchronize()
+        torch.cuda.synchronize()
         if isinstance(loss_func, S2SDLoss):
             loss_func.step = step
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.step()
-            self.graph = graph
-        except RuntimeError as error:
-            print(f"no graph for {self.cell.flags}: {str(error).splitlines()[0]}", flush=True)
-            self.captures, self.graph = False, None
-            torch.cuda.synchronize()
-            self.trainer.parts["optimizer"].zero_grad()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self.step()
 
     def finish(self, seconds: float) -> None:
         """Scores and results, as a cell of compare.py has them."""
@@ -212,12 +235,13 @@ class Lane:
             run.end_epoch()
         if args.refit:
             t.refit()
-        run.score(self.split, 0, args.cut if run.name == BASE else (), nmi=args.nmi)
+        cuts = args.cut if run.name == BASE else ()
+        run.score(self.split, 0, cuts, args.matryoshka_dims, args.nmi)
         args.output.mkdir(parents=True, exist_ok=True)
         report.write(args, [run], self.split)
         if args.export:
             some, _ = self.split.test[list(range(64)), None]
-            train.export.write(run.model, args.export, some.to(args.device))
+            export.write(run.model, args.export, some.to(args.device))
         compare.keep(self.cell, seconds)
         if forward is not None:
             t.run.trained.trunk.forward = forward
@@ -231,7 +255,7 @@ class Group(NamedTuple):
     steps: int
 
 
-def groups(cells: Sequence[Cell], lanes: int) -> list[Group]:
+def groups(cells: Sequence[Cell], lanes: int, folder: Path) -> list[Group]:
     """In the order of the cells; the crops of a name are as many as its longest run needs."""
     every = [(cell, parsed(cell)) for cell in cells]
     longest: dict[str, int] = {}
@@ -241,11 +265,13 @@ def groups(cells: Sequence[Cell], lanes: int) -> list[Group]:
     found: list[Group] = []
     for cell, args in every:
         name, steps = crops_name(args), args.epochs * args.steps_per_epoch
-        crops = Crops(args, longest[name], CROPS / f"{abs(hash(name)):x}.npy")
+        crops = Crops(args, longest[name], folder / f"{abs(hash(name)):x}.npy")
         for group in found:
             same = (group.crops.path, group.steps) == (crops.path, steps)
-            if same and len(group.cells) < lanes and bool(group.cells[0].teacher) == bool(
-                cell.teacher
+            if (
+                same
+                and len(group.cells) < lanes
+                and bool(group.cells[0].teacher) == bool(cell.teacher)
             ):
                 group.cells.append(cell)
                 break
@@ -264,14 +290,14 @@ def reuse_trunk(make: Callable[..., Any], lane: list[int]) -> Callable[..., Any]
         network = make(args, split)
         if not args.compile:
             return network
-        key = (args.backbone, args.image_size, lane[0])
-        known = TRUNKS.setdefault(key, network.trunk)
+        network.to(args.device)
+        known = TRUNKS.setdefault((args.backbone, args.image_size, lane[0]), network.trunk)
         if known is not network.trunk:
             states = network.trunk.state_dict()
             known.load_state_dict({k: v.to(args.device) for k, v in states.items()})
             known.zero_grad()
-            network.trunk = known
             known._forward_hooks.clear()
+            network.trunk = known
         return network.train()
 
     return make_network
@@ -287,12 +313,50 @@ def compiled_once(function: Any) -> Any:
 COMPILE = torch.compile
 
 
+def warm(args: Any, split: Split, folder: Path) -> None:
+    """Compile the trunk, in one process: the others load what it has kept, from then on.
+
+    Not where that changes what the trunk makes of the same random numbers.
+    """
+    start = time.time()
+    trunk = training.make_network(args, split).to(args.device).trunk
+    pixels = torch.randint(256, (args.batch_size, 3, args.image_size, args.image_size))
+    pixels = pixels.to(args.device, torch.uint8).contiguous(memory_format=torch.channels_last)
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            trunk.forward = torch.compile(trunk.forward)
+        torch.manual_seed(0)
+        trunk.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=args.amp == "bf16"):
+            features = trunk(pixels).mean(dim=(2, 3))
+        features.float().pow(2).mean().backward()
+        found.append([features.detach().float(), *(p.grad.clone() for p in trunk.parameters())])
+    off = [float((a - b).norm() / a.norm()) for a, b in zip(*found, strict=True)]
+    print(
+        f"compiled in {time.time() - start:.0f} s; differences: features {off[0]:.3f}, gradients "
+        f"{np.median(off[1:]):.3f} in the middle, {max(off[1:]):.3f} at most",
+        flush=True,
+    )
+    if off[0] < 0.05 and np.median(off[1:]) < 0.2:
+        (folder / "compiled").touch()
+
+
+def compiles(folder: Path, number: int) -> bool:
+    """Whether the trunk is compiled in this process by now: one process after the other."""
+    marker = folder / "compiled"
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - marker.stat().st_mtime >= PATIENCE * number
+    return False
+
+
 def train_groups(queue: Any, deadline: float, device: str, number: int) -> None:
     """What a process does: group after group, while there is time."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    torch._inductor.config.fallback_random = True  # the random numbers of the eager trunk
     lane = [0]
-    train.make_network = reuse_trunk(train.make_network, lane)
+    training.make_network = reuse_trunk(training.make_network, lane)
     torch.compile = compiled_once
     held: dict[Path, tuple[Tensor, Tensor]] = {}
     tests: dict[tuple[str, ...], Split] = {}
@@ -300,38 +364,55 @@ def train_groups(queue: Any, deadline: float, device: str, number: int) -> None:
         group: Group | None = queue.get()
         if group is None or time.time() > deadline:
             return
-        try:
-            train_group(group, held, tests, device, lane, number)
-        except Exception as error:
-            import traceback
+        folder, args = group.crops.path.parent, parsed(group.cells[0])
+        if args.compile and number == 0 and not tests:
+            args.device = device
+            attempt(warm, args, load(data_flags(args)), folder)
+        work = (group, held, tests, device, lane, number, deadline)
+        if not attempt(train_group, *work) and compiles(folder, number):
+            (folder / "compiled").unlink(missing_ok=True)
+            attempt(train_group, *work)
+        gc.collect()  # graphs hold their memory
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
-            traceback.print_exc()
-            print(f"FAILED {[c.flags for c in group.cells]}: {error}", flush=True)
+
+def attempt(function: Callable[..., None], *args: Any) -> bool:
+    """Whether it went well; what did not is printed, and the other cells go on."""
+    try:
+        function(*args)
+    except Exception:
+        traceback.print_exc()
+        return False
+    return True
 
 
 def train_group(
-    group: Group, held: Any, tests: Any, device: str, lane: list[int], number: int
+    group: Group, held: Any, tests: Any, device: str, lane: list[int], number: int, deadline: float
 ) -> None:
     """Train the cells of a group side by side, and write their results."""
+    flags = data_flags(group.crops.args)
+    if flags not in tests:
+        tests[flags] = in_memory(load(flags), device)
     started = time.time()
     while not group.crops.ready or not all(
         c.teacher is None or c.teacher.exists() for c in group.cells
     ):
+        if time.time() > deadline:
+            return
         time.sleep(0.2)
     waited = time.time() - started
-    args = group.crops.args
-    if group.crops.path not in held:
+    key = group.crops.path, group.steps
+    if key not in held:
         held.clear()
-        memory = torch.from_numpy(np.load(group.crops.path, mmap_mode="r"))
-        held[group.crops.path] = memory.to(device), labels_of(group.crops).to(device)
-    store, labels = held[group.crops.path]
-    flags = data_flags(args)
-    if flags not in tests:
-        tests[flags] = in_memory(load(flags), device)
+        memory = torch.from_numpy(np.load(group.crops.path, mmap_mode="r")[: group.steps])
+        held[key] = memory.to(device), labels_of(group.crops)[: group.steps].to(device)
+    store, labels = held[key]
     lanes = []
     for cell in group.cells:
         args = options.parse(options.parser(), [*cell.flags, *cell.output, "--device", device])
         args.steps_per_epoch = group.crops.args.steps_per_epoch
+        args.compile = args.compile and compiles(group.crops.path.parent, number)
         lane[0] = len(lanes)
         lanes.append(Lane(cell, args, tests[flags], store, labels))
     start = time.time()
@@ -380,6 +461,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--croppers", type=int, default=os.cpu_count() or 1)
     add("--minutes", type=float, default=60.0, help="start no cell after that")
     add("--device", default="cuda")
+    add("--memory", default="/dev/shm", help="where the cropped images lie meanwhile")
     add("--root", default="", help="takes the place of DIR in the plan")
     add("--output", type=Path, default=Path("runs"), help="in which the --output of each line lies")
     args = parser.parse_args(argv)
@@ -400,15 +482,14 @@ def main(argv: list[str] | None = None) -> None:
 def run(cells: Sequence[Cell], args: argparse.Namespace, started: float) -> None:
     """Train the cells that have no results yet."""
     missing = [cell for cell in cells if not cell.path.exists()]
-    shutil.rmtree(CROPS, ignore_errors=True)
-    CROPS.mkdir(parents=True)
+    folder = Path(tempfile.mkdtemp(dir=args.memory))
     spawn = multiprocessing.get_context("spawn")
-    todo = groups(missing, args.lanes)
+    todo = groups(missing, args.lanes, folder)
     queue, deadline = spawn.Queue(), started + 60 * args.minutes
     for group in [*todo, *[None] * args.processes]:
         queue.put(group)
     arguments = [(queue, deadline, args.device, k) for k in range(args.processes)]
-    workers = [spawn.Process(target=train_groups, args=a) for a in arguments]
+    workers = [spawn.Process(target=train_groups, args=a, daemon=True) for a in arguments]
     for worker in workers:
         worker.start()
     with multiprocessing.get_context("fork").Pool(args.croppers) as pool:
@@ -419,7 +500,7 @@ def run(cells: Sequence[Cell], args: argparse.Namespace, started: float) -> None
             print(f"{time.time() - started:.0f} s: cropped {crops.steps} steps", flush=True)
     for worker in workers:
         worker.join()
-    shutil.rmtree(CROPS, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     done = sum(cell.path.exists() for cell in cells)
     print(f"{time.time() - started:.0f} s: {done} of {len(cells)} cells", flush=True)
 

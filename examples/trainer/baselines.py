@@ -1,40 +1,14 @@
-"""Alternatives to S2SD: PCA of large embeddings, Matryoshka losses, a teacher trained first."""
+"""What goes with S2SD or instead of it: outside teachers, and the directions of a PCA."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from s2sd_pml import clone_loss
-
-from . import export
-
-
-class MatryoshkaLoss(nn.Module):
-    """The mean of a loss on the first 8, 16, ... dimensions of the embeddings and on all.
-
-    Source: Kusupati et al., "Matryoshka Representation Learning", NeurIPS 2022.
-    """
-
-    def __init__(
-        self, loss: nn.Module, miner: nn.Module | None, size: int, sizes: Sequence[int]
-    ) -> None:
-        super().__init__()
-        if wrong := [k for k in sizes if k >= size]:
-            raise ValueError(f"--matryoshka-dims {wrong[0]} is not below --embedding-size {size}")
-        self.sizes = [*sizes, size]
-        self.losses = nn.ModuleList([*(clone_loss(loss, k) for k in sizes), loss])
-        self.miner = miner
-
-    def forward(self, embeddings: Tensor, labels: Tensor, _: object = None) -> Tensor:
-        values = []
-        for size, loss in zip(self.sizes, self.losses, strict=True):
-            first = embeddings[:, :size]
-            values.append(loss(first, labels, self.miner(first, labels) if self.miner else None))
-        return torch.stack(values).mean()
+from . import backbones, export
+from .network import pool
 
 
 def principal(fitted: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,6 +17,20 @@ def principal(fitted: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.linalg.svd(fitted - mean, full_matrices=False)[2].T
 
 
-def teacher(path: Path, device: str) -> nn.Module:
-    """A trained network, of ``--export``, that is not trained further."""
-    return export.load(path).to(device).requires_grad_(False)
+class Frozen(nn.Module):
+    """A pretrained trunk as a teacher: images to pooled features, never trained."""
+
+    def __init__(self, backbone: str) -> None:
+        super().__init__()
+        self.trunk = backbones.make(backbone, pretrained=True, weights=None, channels=3)
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        return pool(self.trunk(images))
+
+
+def teacher(name: str, device: str) -> nn.Module:
+    """An outside teacher: a file of ``--export``, or a backbone with its pretrained weights."""
+    frozen = export.load(Path(name)) if Path(name).exists() else Frozen(name)
+    return frozen.to(device).requires_grad_(False)

@@ -68,7 +68,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(action)
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        if action.nargs == "+":
+        if action.nargs in ("+", "*"):
             return f"{action.metavar} ..."
         return super()._format_args(action, default_metavar)
 

@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         del makers["S2SD" if args.baseline_only else "base"]
     folder = args.output / CHECKPOINTS
     try:  # build everything once: what is wrong with the flags shows before any training
-        if ranks.world() > 1 and (args.matryoshka_dims or args.teacher or args.reach != PAPERS):
-            raise ValueError("--matryoshka-dims, --teacher and --reach are for one process")
+        if ranks.world() > 1 and (args.teacher or args.reach != PAPERS):
+            raise ValueError("--teacher and --reach are for one process")
         ranks.check(args.device, args.batch_size, args.backbone == "cnn" or args.freeze_bn)
         split, held_out = prepare(args)
         network = make_network(args, split)

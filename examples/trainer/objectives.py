@@ -10,24 +10,27 @@ from torch import nn
 
 from s2sd_pml import ProjectionHead, S2SDLoss
 
-from . import export, ranks
-from .baselines import MatryoshkaLoss
+from . import ranks
 from .by_name import LossAndMiner, pml_loss
 from .network import Network
 from .reach import PAPERS, OtherReach
 
 
 def base_loss(args: argparse.Namespace, model: Network, num_classes: int) -> LossAndMiner:
-    """That loss as it is. Over several ranks S2SDLoss without S2SD brings the batch together."""
+    """That loss as it is; for prefixes and over several ranks, in an S2SDLoss without S2SD."""
     loss_func, miner = pml_loss(args, num_classes)
-    if args.matryoshka_dims:
-        return MatryoshkaLoss(loss_func, miner, args.embedding_size, args.matryoshka_dims), None
-    if ranks.world() == 1:
+    if ranks.world() == 1 and not args.matryoshka_dims:
         return loss_func, miner
-    whole = S2SDLoss(
-        loss_func, miner, head_dims=(), feature_distill_weight=0, gather_distributed=True
+    without = S2SDLoss(
+        loss_func,
+        miner,
+        embedding_size=args.embedding_size,
+        head_dims=(),
+        feature_distill_weight=0,
+        matryoshka_dims=args.matryoshka_dims,
+        gather_distributed=ranks.world() > 1,
     )
-    return whole, None
+    return without, None
 
 
 def s2sd_loss(args: argparse.Namespace, model: Network, num_classes: int) -> LossAndMiner:
@@ -35,8 +38,6 @@ def s2sd_loss(args: argparse.Namespace, model: Network, num_classes: int) -> Los
     features: dict[str, Any] = {"embedder": model.embedder}
     if args.variant == "msdfa":  # max pooling needs the feature map
         features = {"trunk": model.trunk, "feature_dim": model.embedder.in_features}
-    if args.teacher:  # the features are its embeddings
-        features = {"feature_dim": export.load(args.teacher).embedding_size}
     kind: type[S2SDLoss] = S2SDLoss
     if args.reach != PAPERS:
         kind, features["reach"] = OtherReach, args.reach
@@ -44,13 +45,15 @@ def s2sd_loss(args: argparse.Namespace, model: Network, num_classes: int) -> Los
         *pml_loss(args, num_classes),
         **features,
         pooling="avg+max" if args.variant == "msdfa" else "avg",
-        head_dims=() if args.teacher else args.dims,
+        head_dims=args.dims,
         head=nn.Linear if args.linear_heads else ProjectionHead,
         distill_weight=ramp(args, args.distill_weight),
         temperature=args.temperature,
         feature_distill_weight=ramp(args, args.feature_distill_weight),
         feature_distill_delay=args.feature_distill_delay * args.accumulate,  # it counts forwards
         exclude_self=args.exclude_self,
+        matryoshka_dims=args.matryoshka_dims,
+        teacher_weight=ramp(args, args.teacher_weight) if args.teacher else 0.0,
         gather_distributed=ranks.world() > 1,
     )
     return loss_func, None

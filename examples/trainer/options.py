@@ -6,6 +6,7 @@ import argparse
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,17 @@ def parser() -> argparse.ArgumentParser:
         usage=USAGE,
         epilog=EPILOG.format(recipes=recipes),
     )
-    for flags in (_files, _data, _network, _base_loss, _s2sd, _training, _machine, _output):
+    for flags in (
+        _files,
+        _data,
+        _network,
+        _base_loss,
+        _s2sd,
+        _beyond,
+        _training,
+        _machine,
+        _output,
+    ):
         flags(main)
     _study(main, shown=False)
     return main
@@ -61,14 +72,8 @@ def _files(main: argparse.ArgumentParser) -> None:
 
 def _data(main: argparse.ArgumentParser) -> None:
     add = main.add_argument_group("data").add_argument
-    *others, last = SETS
-    add(
-        "--dataset",
-        choices=SETS,
-        default="icons400",
-        metavar="NAME",
-        help=f"{', '.join(others)} or {last}",
-    )
+    sets = " ".join(SETS)
+    add("--dataset", choices=SETS, default="icons400", metavar="NAME", help=sets)
     add("--root", type=Path, metavar="PATH", help="folder or table of the images; emoji: cache")
     add("--image-size", type=positive, metavar="PIXELS", help="of files [224]")
     add("--workers", type=count, default=0, metavar="N", help="processes that load images")
@@ -101,22 +106,14 @@ def _base_loss(main: argparse.ArgumentParser) -> None:
     add("--loss-args", **pairs, help="such as alpha=2; num_classes=auto is the data's")
     add("--miner", default="MultiSimilarityMiner", metavar="CLASS", help="or none")
     add("--miner-args", **pairs, help="such as epsilon=0.1")
-    add(
-        "--matryoshka-dims",
-        type=positive,
-        nargs="+",
-        default=[],
-        metavar="D",
-        help="base run: the loss on the first D dimensions as well",
-    )
 
 
 def _s2sd(main: argparse.ArgumentParser) -> None:
     add = main.add_argument_group("S2SD").add_argument
     variants = ("dsd", "msd", "msdf", "msdfa")
     add("--variant", default="msdf", choices=variants, metavar="NAME", help=", ".join(variants))
-    dims = f"dimensions of the heads [{' '.join(map(str, DIMS))}; dsd: the last]"
-    add("--dims", type=positive, nargs="+", metavar="D", help=dims)
+    dims = f"of the heads, none for no heads [{' '.join(map(str, DIMS))}; dsd: the last]"
+    add("--dims", type=positive, nargs="*", metavar="D", help=dims)
     add("--linear-heads", **switch(), help="heads of one linear layer instead of two")
     add("--temperature", type=float, default=1.0, metavar="T", help="of the softmaxes")
     add("--distill-weight", type=float, default=10.0, metavar="γ", help="of heads, paper: 50")
@@ -130,6 +127,17 @@ def _s2sd(main: argparse.ArgumentParser) -> None:
         help="where feature distillation starts, paper: 1000",
     )
     add("--exclude-self", **switch(), help="leave self-similarities out of the softmaxes")
+
+
+def _beyond(main: argparse.ArgumentParser) -> None:
+    add = main.add_argument_group("beyond the paper").add_argument
+    prefixes: dict[str, Any] = {"type": positive, "nargs": "+", "default": [], "metavar": "D"}
+    add("--matryoshka-dims", **prefixes, help="train and test the first D dimensions too")
+    teacher = "S2SD run: an exported model, or a pretrained backbone such as lite2"
+    add("--teacher", metavar="FILE|NAME", help=teacher)
+    add("--teacher-weight", type=rate, default=50.0, metavar="γ_t", help="of --teacher")
+    refit = "also test a refitted embedder for the trained trunk, and export it"
+    add("--refit", type=positive, metavar="STEPS", help=refit)
 
 
 def _training(main: argparse.ArgumentParser) -> None:
@@ -161,8 +169,6 @@ def _training(main: argparse.ArgumentParser) -> None:
     add("--lr-gamma", type=float, metavar="FACTOR", help="of multistep [0.3]")
     add("--clip-grad", type=float, metavar="NORM", help="of the network's gradient")
     add("--ema", type=decay, metavar="DECAY", help="test the moving average of the network")
-    refit = "also test a refitted embedder for the trained trunk, and export it"
-    add("--refit", type=positive, metavar="STEPS", help=refit)
     add("--seed", type=count, default=0, metavar="N", help="of the start, batches and augmentation")
 
 
@@ -209,12 +215,6 @@ def _study(main: argparse.ArgumentParser, shown: bool) -> None:
     )
     add("--refit-weight", type=rate, metavar="γ", help=said("of --refit [--distill-weight]"))
     add(
-        "--teacher",
-        type=Path,
-        metavar="FILE",
-        help=said("S2SD run: an exported model as the only teacher, by --feature-distill-weight"),
-    )
-    add(
         "--ramp",
         type=count,
         nargs=2,
@@ -255,16 +255,16 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error(f"--ramp {args.ramp[0]} {args.ramp[1]}: the second step must be the later one")
     if (args.schedule == "multistep") != bool(args.milestones):
         main.error("--schedule multistep and --milestones EPOCH ... go together")
-    if args.teacher is not None and (args.variant != "msdf" or not args.teacher.exists()):
-        main.error(f"--teacher {args.teacher} must be a file of --export, with --variant msdf")
     if args.reach != PAPERS and (args.variant == "msdfa" or args.teacher or args.baseline_only):
         main.error(f"--reach {args.reach} is for the S2SD run of dsd, msd and msdf, with heads")
-    if ((args.matryoshka_dims or args.cut) and args.s2sd_only) or (
-        args.teacher and args.baseline_only
-    ):
-        main.error("--matryoshka-dims and --cut are for the base run, --teacher for that of S2SD")
-    if args.refit and (args.matryoshka_dims or args.teacher):
-        main.error("--refit uses base loss and heads: not with --matryoshka-dims or --teacher")
+    if args.teacher and args.baseline_only:
+        main.error("--teacher is for the S2SD run, not with --baseline-only")
+    if wrong := [d for d in args.matryoshka_dims if d >= args.embedding_size]:
+        main.error(
+            f"--matryoshka-dims {wrong[0]} is no prefix of --embedding-size {args.embedding_size}"
+        )
+    if args.refit and args.matryoshka_dims:
+        main.error("--refit fits one size: not with --matryoshka-dims")
     if args.refit_weight is not None and not args.refit:
         main.error("--refit-weight is for --refit")
     if large := [cut for cut in args.cut if cut > args.embedding_size]:
@@ -279,7 +279,8 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.weights is not None and not args.weights.exists():
         main.error(f"--weights {args.weights} does not exist")
-    args.dims = args.dims or (DIMS[-1:] if args.variant == "dsd" else DIMS)
+    if args.dims is None:
+        args.dims = DIMS[-1:] if args.variant == "dsd" else DIMS
     if args.feature_distill_weight is None:
         args.feature_distill_weight = FEATURE_DISTILL_WEIGHT if distils_features else 0.0
     if args.refit and args.refit_weight is None:

@@ -28,6 +28,7 @@ from .images import Images, Split
 from .network import Network, pool
 
 COMPONENTS = ("base", "aux", "distill", "feature_distill")
+FIRST = "first "  # dimensions of a run's embeddings
 REFIT = "refitted embedder"  # the space of an embedder fitted to the frozen features
 VALIDATION = "validation Recall@1"  # on held-out training classes, after an epoch
 COLUMNS = ("run", "epoch", "step", "metric", "value", "seconds")
@@ -116,12 +117,18 @@ class Run:
         return spaces_of([self.model, self.trained], spaces, images, workers)
 
     def score(
-        self, split: Split, workers: int = 0, cuts: Sequence[int] = (), nmi: bool = True
+        self,
+        split: Split,
+        workers: int = 0,
+        cuts: Sequence[int] = (),
+        prefixes: Sequence[int] = (),
+        nmi: bool = True,
     ) -> None:
         """All metrics of the model and, for S2SD, of every head as if it were the embedder.
 
         Args:
-            cuts: lengths to cut the model's embeddings to, plainly and by PCA of the training set.
+            cuts: sizes to cut the model's embeddings to, plainly and by PCA of the training set.
+            prefixes: sizes to cut them to plainly.
         """
         parts = {"test": split.test} | ({"gallery": split.gallery} if split.gallery else {})
         self.spaces = {part: self.project(images, workers) for part, images in parts.items()}
@@ -130,10 +137,11 @@ class Run:
         if cuts:
             fitted = F.normalize(self.project(split.train, workers)["embeddings"], dim=1)
             mean, directions = principal(fitted)
-        for spaces in self.spaces.values() if cuts else ():
+        for spaces in self.spaces.values():
             whole = F.normalize(spaces["embeddings"], dim=1)
+            for cut in sorted({*cuts, *prefixes}):
+                spaces[f"{self.name}, {FIRST}{cut}"] = whole[:, :cut]
             for cut in cuts:
-                spaces[f"first {cut}"] = whole[:, :cut]
                 spaces[f"PCA {cut}"] = (whole - mean) @ directions[:, :cut]
         for space, embeddings in self.spaces["test"].items():
             if space != "features":
@@ -170,13 +178,17 @@ def table(runs: list[Run]) -> str:
     scores = {name: values for run in runs for name, values in run.scores.items()}
     seconds = {run.name: run.seconds for run in runs}
     seconds |= {f"{run.name}, {REFIT}": run.seconds + run.refit_seconds for run in runs}
-    columns = list(scores)
+    columns = [name for name in scores if FIRST not in name]
     if {"base", "S2SD"} <= set(columns):
         columns.insert(columns.index("S2SD") + 1, "difference")
     lines = [["", *columns]]
     for metric in scores[runs[0].name]:
         values = {name: 100 * scores[name][metric] for name in scores}
         lines.append([metric, *_cells(values, columns, "")])
+    for size in sorted({int(name.split()[-1]) for name in scores if FIRST in name}):
+        found = {run.name: scores.get(f"{run.name}, {FIRST}{size}") for run in runs}
+        values = {name: 100 * x["Recall@1"] for name, x in found.items() if x}
+        lines.append([f"Recall@1, {FIRST}{size}", *_cells(values, columns, "")])
     lines.append(["training time", *_cells(seconds, columns, " s")])
     if any(run.chosen for run in runs):
         chosen = {run.name: str(run.chosen) for run in runs}
@@ -191,7 +203,7 @@ def table(runs: list[Run]) -> str:
 
 def _cells(values: dict[str, float], columns: list[str], unit: str) -> list[str]:
     cells = {name: f"{value:.1f}{unit}" for name, value in values.items()}
-    if "difference" in columns:
+    if "difference" in columns and {"base", "S2SD"} <= set(values):
         cells["difference"] = f"{values['S2SD'] - values['base']:+.1f}{unit}"
     return [cells.get(name, "") for name in columns]
 

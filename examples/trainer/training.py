@@ -71,7 +71,7 @@ class Trainer:
         optimizer = optim.make_optimizer(args, model, loss_func)
         self.total = args.epochs * args.steps_per_epoch
         self.teacher = None
-        if args.teacher and isinstance(loss_func, S2SDLoss):
+        if args.teacher and name != "base":
             self.teacher = teacher(args.teacher, args.device)
         self.schedule = optim.make_schedule(args, optimizer, self.total)
         self.stepper = optim.Stepper(args, optimizer, model)
@@ -150,10 +150,10 @@ class Trainer:
                     raise stop.Stopped
         if main_rank:
             self.best.restore()
-            cuts = args.cut if run.name == "base" else ()
             if args.refit:
                 self.refit()
-            run.score(self.split, args.workers, cuts, nmi=args.nmi)
+            cuts = args.cut if run.name == "base" else ()
+            run.score(self.split, args.workers, cuts, args.matryoshka_dims, args.nmi)
             log.write(run.rows())
             log.close()
             if asked.made:
@@ -177,8 +177,8 @@ class Trainer:
         return {"loss": loss.item(), **report.components(self.loss_func)}
 
     def taught(self, pixels: torch.Tensor) -> dict[str, Any]:
-        """What a teacher from outside makes of these images."""
-        return {"features": self.teacher(pixels)} if self.teacher else {}
+        """What the outside teacher makes of these images."""
+        return {"teachers": {"teacher": self.teacher(pixels)}} if self.teacher else {}
 
     def look(self) -> None:
         """After an epoch: how well the model does on held-out or on unseen classes."""

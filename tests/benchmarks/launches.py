@@ -1,5 +1,7 @@
 """Operations of a loss step, forward and backward: S2SDLoss over the base loss alone.
 
+And S2SDLoss with Matryoshka prefixes over S2SDLoss without.
+
 On the CPU every operation that does work itself stands for a kernel; views and allocations do
 not. With --device cuda the profiler counts the kernels. Reads are the places where a GPU would
 have to finish before Python goes on. PyTorch 2.1 times operations in whole microseconds, which
@@ -91,9 +93,9 @@ def measure(name: str, args) -> dict[str, object]:
     labels = torch.arange(args.batch, device=args.device) // 2
     embedder = torch.nn.Linear(args.features, args.embedding_size).to(args.device)
     loss, miner = LOSSES[name]()
-    ours = S2SDLoss(
-        loss, miner, feature_dim=args.features, head_dims=args.dims, feature_distill_delay=0
-    ).to(args.device)
+    kwargs = {"feature_dim": args.features, "head_dims": args.dims, "feature_distill_delay": 0}
+    ours = S2SDLoss(loss, miner, **kwargs).to(args.device)
+    nested = S2SDLoss(loss, miner, matryoshka_dims=args.prefixes, **kwargs).to(args.device)
 
     def base_step() -> None:
         backward(metric_loss(loss, miner, embedder(features), labels))
@@ -101,7 +103,11 @@ def measure(name: str, args) -> dict[str, object]:
     def our_step() -> None:
         backward(ours(embedder(features), labels, features=features))
 
-    base, s2sd = (launches(step, args.device) for step in (base_step, our_step))
+    def nested_step() -> None:
+        backward(nested(embedder(features), labels, features=features))
+
+    steps = (base_step, our_step, nested_step)
+    base, s2sd, prefixes = (launches(step, args.device) for step in steps)
     return {
         "loss": name,
         "base loss": base,
@@ -109,6 +115,9 @@ def measure(name: str, args) -> dict[str, object]:
         "ratio": s2sd / base,
         "reads of the base loss": reads(base_step, args.device),
         "reads of S2SDLoss": reads(our_step, args.device),
+        "with prefixes": prefixes,
+        "with / without prefixes": prefixes / s2sd,
+        "reads with prefixes": reads(nested_step, args.device),
     }
 
 
@@ -119,6 +128,7 @@ def main() -> None:
     flags.add_argument("--dims", type=int, nargs="+", default=list(PAPER_HEAD_DIMS))
     flags.add_argument("--features", type=int, default=2048)
     flags.add_argument("--embedding-size", type=int, default=128)
+    flags.add_argument("--prefixes", type=int, nargs="*", default=[16, 32, 64])
     args = flags.parse_args()
     start(args)
     finish(args, [measure(name, args) for name in args.losses])
