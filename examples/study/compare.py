@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # of trainer and study
 import train
 from trainer import options
 from trainer.flags import Parser
-from trainer.report import REFIT
+from trainer.tables import REFIT
 
 from study.summary import (
     BASE,

@@ -169,7 +169,8 @@ def _training(main: argparse.ArgumentParser) -> None:
     add("--lr-gamma", type=float, metavar="FACTOR", help="of multistep [0.3]")
     add("--clip-grad", type=float, metavar="NORM", help="of the network's gradient")
     add("--ema", type=decay, metavar="DECAY", help="test the moving average of the network")
-    add("--seed", type=count, default=0, metavar="N", help="of the start, batches and augmentation")
+    several: dict[str, Any] = {"type": count, "nargs": "+", "default": [0], "metavar": "N"}
+    add("--seed", "--seeds", **several, dest="seeds", help="of both runs; several: means over them")
 
 
 def _machine(main: argparse.ArgumentParser) -> None:
@@ -287,6 +288,9 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         args.refit_weight = args.distill_weight
     if args.steps_per_epoch is None and args.dataset == "icons400":
         args.steps_per_epoch = 50
+    if len(set(args.seeds)) < len(args.seeds):
+        main.error(f"--seeds {' '.join(map(str, args.seeds))} repeats a seed")
+    args.seed = args.seeds[0]
     args.image_size = args.image_size or SIZES.get(args.dataset, 224)
     args.output = args.output or Path("runs") / args.dataset
     args.loss_args, args.miner_args = dict(args.loss_args), dict(args.miner_args)
