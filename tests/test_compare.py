@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import os
 import signal
 
@@ -129,13 +128,13 @@ def test_what_serves_all_sizes_is_trained_once_and_teachers_come_first(tmp_path)
     compare.main([*flags, "--methods", *names])
     assert len(list((tmp_path / "cells").glob("*.json"))) == 4 + 1 + 1 + 4  # PCA's is the teacher
     found = {(r["method"], int(r["size"])): r for r in rows(tmp_path)}
-    assert ("Matryoshka", 256) not in found  # it has 128 dimensions
-    assert set(found) == {(n, s) for n in names for s in (8, 16, 128, 256)} - {("Matryoshka", 256)}
+    absent = {("Matryoshka", 8), ("Matryoshka", 256)}  # it has 16, 32, 64 and 128 dimensions
+    assert set(found) == {(n, s) for n in names for s in (8, 16, 128, 256)} - absent
     pca = [float(found["base 512 + PCA", size]["Recall@1"]) for size in (8, 128)]
     assert 0 < pca[0] < pca[1] < 1
     student, teacher = (found[name, 8] for name in ("two-stage distillation", "base 512 + PCA"))
     assert float(student["training_seconds"]) > float(teacher["training_seconds"])
-    assert "--variant msdf" in student["flags"]
+    assert "--dims --feature-distill-weight 0" in student["flags"]
     folder = next(p for p in (tmp_path / "cells").iterdir() if (p / "model.pt").exists())
     assert export.load(folder / "model.pt").embedding_size == 512
 
@@ -158,11 +157,7 @@ def compare_args(flags):
     return compare.parser().parse_known_args(flags)
 
 
-def test_intervals_and_paired_differences_by_hand():
-    mean, half = summary.interval([1.0, 2.0, 3.0, 6.0])
-    # t(0.975, 3) = 3.18245; the deviation is sqrt(14 / 3), over sqrt(4)
-    assert (mean, half) == pytest.approx((3.0, 3.18245 * math.sqrt(14 / 3) / 2), abs=1e-4)
-    assert math.isnan(summary.interval([1.0])[1])
+def test_paired_differences_by_hand():
     results = [
         {"method": method, "size": 8, "seed": seed, "Recall@1": value / 100}
         for method, found in {"base": [50, 52, 60], "MSD": [51, 55]}.items()

@@ -32,7 +32,8 @@ SMALL = "--epochs 1 --steps-per-epoch 3 --batch-size 32 --dims 24 32 --threads 1
 METRICS = ("Recall@1", "Recall@2", "Recall@4", "Recall@8", "MAP@R", "NMI")
 FILES = {"metrics.csv", "table.md", "config.json"}
 PICTURES = {
-    f"{name}.png" for name in "recall retrieval dimension similarity spectrum projection".split()
+    f"{name}.png"
+    for name in "recall losses retrieval dimension similarity spectrum projection".split()
 }
 
 

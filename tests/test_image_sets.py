@@ -41,6 +41,11 @@ def test_each_format_is_read_with_its_class_split(tree):
     labels = torch.cat([part.labels for part in test])
     assert labels.bincount().tolist() == [PER_CLASS] * 6
     assert len(split.train.names) == len(split.test.names) == 6
+    first = {"cub200": "Blue Bird 1", "sop": "1 chair", "inshop": "id_00000001"}
+    if tree[0] in first:  # names, not numbers alone
+        assert split.train.names[0] == first[tree[0]]
+    if tree[0] == "cars196":
+        assert re.fullmatch("Car.1 Coupe", split.train.names[0])
     paths = [set(part.paths) for part in (split.train, *test)]
     assert len(set.union(*paths)) == 12 * PER_CLASS  # no image is in two parts
     if tree[0] == "inshop":

@@ -28,7 +28,7 @@ def test_it_holds_table_pictures_and_configuration_and_asks_for_nothing(folder):
     text = (folder / "report.html").read_text(encoding="utf-8")
     table = (folder / "table.md").read_text()
     rows = [line[1:-1].split("|") for line in table.splitlines() if line.startswith("|")]
-    assert len(rows) == 9
+    assert len(rows) == 10
     for cell in (cell.strip() for row in rows[2:] for cell in row):
         assert f"<td>{cell}</td>" in text
     assert "<th>difference</th>" in text
@@ -40,6 +40,7 @@ def test_it_holds_table_pictures_and_configuration_and_asks_for_nothing(folder):
     assert config == json.loads((folder / "config.json").read_text())
     assert not re.findall(r'(?:src|href)="(?!data:)', text)
     assert "<script" not in text
+    assert "<strong>One seed.</strong>" in text
 
 
 BROWSER = (

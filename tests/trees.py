@@ -30,7 +30,7 @@ def numbered(train: int, classes: int = 6) -> list[int]:
 
 def cub200(root: Path) -> Path:
     lines = [
-        (label, f"{label:03d}.Bird/Bird_{number:04d}.jpg", number)
+        (label, f"{label:03d}.Blue_Bird_{label}/Bird_{number:04d}.jpg", number)
         for label in numbered(100)
         for number in range(PER_CLASS)
     ]
@@ -70,7 +70,8 @@ def cars196_as_published(root: Path) -> Path:
             rows.append((name, 1, 1, 20, 20, label, number % 2))
     fields = "relative_im_path bbox_x1 bbox_y1 bbox_x2 bbox_y2 class test".split()
     notes = np.array(rows, dtype=[(name, object) for name in fields])
-    savemat(root / "cars_annos.mat", {"annotations": notes[None]})
+    names = np.array([f"Car {number} Coupe" for number in range(1, 197)], dtype=object)
+    savemat(root / "cars_annos.mat", {"annotations": notes[None], "class_names": names})
     return root
 
 

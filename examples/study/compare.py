@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # of trainer and study
 import train
 from trainer import options
 from trainer.flags import Parser
-from trainer.report import REFIT
+from trainer.tables import REFIT
 
 from study.summary import (
     BASE,
@@ -205,8 +205,8 @@ def grid(args: argparse.Namespace, rest: list[str]) -> list[Entry]:
     entries = []
     for size, seed in product(args.sizes, args.seeds):
         for name, method in methods.items():
-            if not method.sized and size > method.largest:
-                continue
+            if not method.sized and str(size) not in method.flags.split():
+                continue  # none of its sizes
             before = cell(method.teacher, None, seed) if method.teacher else None
             own = cell(
                 method.flags, size if method.sized else None, seed, before.path if before else None

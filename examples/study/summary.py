@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from scipy.stats import t as student_t
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from trainer.tables import BASE, interval
 
-BASE = "base"
 METRIC = "Recall@1"
 Row = dict[str, Any]
-
-
-def interval(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95% confidence interval (Student's t); NaN for one value."""
-    x = np.array(list(values), dtype=float)
-    if len(x) < 2:
-        return float(x.mean()), float("nan")
-    half = student_t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
-    return float(x.mean()), float(half)
 
 
 def values(rows: list[Row], method: str, size: int) -> dict[int, float]:

@@ -65,10 +65,12 @@ class Help(argparse.RawDescriptionHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, argparse.BooleanOptionalAction):
             return action.option_strings[1 if action.default else 0]
-        return super()._format_action_invocation(action)
+        flag = action.option_strings[-1]
+        default = (action.dest if action.choices is None else flag).upper()
+        return flag if action.nargs == 0 else f"{flag} {self._format_args(action, default)}"
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        if action.nargs == "+":
+        if action.nargs in ("+", "*"):
             return f"{action.metavar} ..."
         return super()._format_args(action, default_metavar)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -29,6 +30,7 @@ try:
 except ImportError:  # before version 2.9
     datasets = None
 
+NUMBER = re.compile(r"^\d{5} ")
 EXTENSIONS = set(".jpg .jpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm".split())
 Listed = list[tuple[Path, str]]  # image files with the name of their class
 
@@ -155,19 +157,38 @@ def _pml(args: argparse.Namespace, name: str, inside: str) -> Split:
         )
     parts = [getattr(datasets, name)(str(root), split=split) for split in ("train", "test")]
     train, test = (
-        [(Path(path), f"{label:05d}") for path, label in zip(p.paths, p.labels, strict=True)]
-        for p in parts
+        [
+            (Path(p), _numbered(n, Path(p).parent.name))
+            for p, n in zip(d.paths, d.labels, strict=True)
+        ]
+        for d in parts
     )
     return _split(args, train, test)
+
+
+def _numbered(number: int, folder: str) -> str:
+    """A class in the order of its number: "00103 Sayornis", of a folder "103.Sayornis"."""
+    name = re.sub(r"^\d+\.", "", folder).removesuffix("_final").replace("_", " ")
+    return f"{number:05d} {name}"
+
+
+def _called(names: list[str]) -> list[str]:
+    """Names without that number, unless several classes have the same."""
+    plain = [NUMBER.sub("", name) for name in names]
+    return plain if len(set(plain)) == len(plain) else [name.lstrip("0") for name in names]
 
 
 def _cars_as_published(args: argparse.Namespace) -> Split:
     """cars_annos.mat and car_ims, which PML does not read."""
     from scipy.io import loadmat
 
-    notes = loadmat(args.root / "cars_annos.mat", squeeze_me=True)["annotations"]
+    content = loadmat(args.root / "cars_annos.mat", squeeze_me=True)
+    notes, called = content["annotations"], content["class_names"]
     names, classes = notes["relative_im_path"].tolist(), notes["class"].astype(int).tolist()
-    every = [(args.root / name, f"{c:05d}") for name, c in zip(names, classes, strict=True)]
+    every = [
+        (args.root / name, _numbered(c, str(called[c - 1])))
+        for name, c in zip(names, classes, strict=True)
+    ]
     train = [item for item, c in zip(every, classes, strict=True) if c <= 98]
     return _split(args, train, [item for item, c in zip(every, classes, strict=True) if c > 98])
 
@@ -216,4 +237,4 @@ def _names(listed: Iterable[tuple[Path, str]]) -> list[str]:
 def _files(args: argparse.Namespace, listed: Listed, names: list[str]) -> Files:
     place = {name: label for label, name in enumerate(names)}
     labels = torch.tensor([place[name] for _, name in listed])
-    return Files([path for path, _ in listed], labels, names, args.image_size)
+    return Files([path for path, _ in listed], labels, _called(names), args.image_size)

@@ -6,6 +6,8 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -25,93 +27,151 @@ from . import (
     report,
     spaces,
     stop,
+    tables,
 )
-from .images import Split
+from .by_name import LossAndMiner
+from .images import Images, Split
 from .objectives import base_loss, s2sd_loss
 from .reach import PAPERS
 from .report import Run
 from .training import CHECKPOINTS, Trainer, make_batches, make_network, prepare
 
+Makers = dict[str, Callable[..., LossAndMiner]]
+States = dict[str, Any]
+
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the flags, train both runs, evaluate, write and print."""
+    """Parse the flags, train both runs for every seed, evaluate, write and print."""
     parser = options.parser()
     args = options.parse(parser, argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    makers = {"base": base_loss, "S2SD": s2sd_loss}
+    makers: Makers = {"base": base_loss, "S2SD": s2sd_loss}
     if args.baseline_only or args.s2sd_only:
         del makers["S2SD" if args.baseline_only else "base"]
-    folder = args.output / CHECKPOINTS
     try:  # build everything once: what is wrong with the flags shows before any training
-        if ranks.world() > 1 and (args.teacher or args.reach != PAPERS):
-            raise ValueError("--teacher and --reach are for one process")
-        ranks.check(args.device, args.batch_size, args.backbone == "cnn" or args.freeze_bn)
-        split, held_out = prepare(args)
-        network = make_network(args, split)
-        for make in makers.values():
-            make(args, network, len(split.train.names))
-        if args.teacher:
-            baselines.teacher(args.teacher, args.device)
-        optim.Stepper(args, torch.optim.Adam(network.parameters()), network)
-        make_batches(args, split.train)
-        events.check(args)
-        few = int((split.train.labels.bincount() < args.per_class).sum())
-        if few and ranks.rank() == 0:
-            print(
-                f"{few} training classes have fewer than --per-class {args.per_class} images: some "
-                "are drawn more than once",
-                file=sys.stderr,
-            )
+        split, held_out = check(args, makers)
         if args.dry_run:
             images.check(*(part for part in split[:3] if part is not None))
             print(json.dumps(vars(args), indent=2, default=str), report.counts(split), sep="\n\n")
             return
-        if report.other_run(args):
-            raise ValueError(
-                f"{args.output} holds the results of a run with other settings: use another "
-                "--output, or delete it"
-            )
-        settings = report.settings(args, split)
-        states = dict.fromkeys(makers)
-        if args.resume:
-            states = {name: checkpoint.newest(folder, name, settings) for name in makers}
-            if not any(states.values()) and not args.quiet and ranks.rank() == 0:
-                print(f"{folder} holds no checkpoints: starting anew", file=sys.stderr)
-        elif checkpoint.files(folder):
-            raise ValueError(f"{folder} holds checkpoints: add --resume, or use another --output")
+        seeds = [own_args(args, seed) for seed in args.seeds]
+        states = [states_of(own, makers, split, len(seeds) > 1) for own in seeds]
+        if len(seeds) > 1 and report.other_run(args):
+            raise ValueError(OTHER_RUN.format(args.output))
         if args.export and args.export.is_dir():
             raise ValueError(f"--export {args.export} is a folder: name a file")
-        args.output.mkdir(parents=True, exist_ok=True)
+        for own in seeds:
+            own.output.mkdir(parents=True, exist_ok=True)
     except (S2SDError, ValueError, OSError) as error:
         parser.error(str(error))
 
-    args.device = ranks.start(args.device)
-    if ranks.rank() == 0:
-        report.write_config(args)
-    trainers: list[Trainer] = []
+    device = ranks.start(args.device)
     with stop.Request() as asked:
-        try:
-            for name, make in makers.items():
-                trainers.append(Trainer(name, make, args, split, held_out, settings, states[name]))
-                trainers[-1].train(asked)
-        except stop.Stopped:
-            ended(trainers, "Stopped")
+        for own, found in zip(seeds, states, strict=True):
+            if found is None:
+                continue
+            own.device = device
+            if ranks.rank() == 0:
+                report.write_config(own)
+                if len(seeds) > 1 and not args.quiet:
+                    print(f"seed {own.seed}", file=sys.stderr)
+            runs = train(own, makers, split, held_out, found, asked)
+            if own is seeds[-1]:
+                ranks.stop()
+            if ranks.rank() == 0:
+                finish(args, own, runs, split)
+        if states[-1] is None:
             ranks.stop()
-            sys.exit(130)
-        except OSError as error:  # an image, a full disk
-            if ranks.world() > 1 or not trainers:
-                raise
-            trainers[-1].save()
-            ended(trainers, f"{error}\nPut a whole file of that name in its place. Ended")
-            sys.exit(1)
-    ranks.stop()
     if ranks.rank() == 0:
-        finish(args, [trainer.run for trainer in trainers], split)
+        summarise(args, [tables.read(own.output / "metrics.csv") for own in seeds], split)
+
+
+OTHER_RUN = "{} holds the results of a run with other settings: use another --output, or delete it"
+
+
+def check(args: argparse.Namespace, makers: Makers) -> tuple[Split, Images | None]:
+    """Build everything once, and refuse what cannot be trained."""
+    if ranks.world() > 1 and (args.teacher or args.reach != PAPERS):
+        raise ValueError("--teacher and --reach are for one process")
+    ranks.check(args.device, args.batch_size, args.backbone == "cnn" or args.freeze_bn)
+    split, held_out = prepare(args)
+    network = make_network(args, split)
+    for make in makers.values():
+        make(args, network, len(split.train.names))
+    if args.teacher:
+        baselines.teacher(args.teacher, args.device)
+    optim.Stepper(args, torch.optim.Adam(network.parameters()), network)
+    make_batches(args, split.train)
+    events.check(args)
+    few = int((split.train.labels.bincount() < args.per_class).sum())
+    if few and ranks.rank() == 0:
+        print(
+            f"{few} training classes have fewer than --per-class {args.per_class} images: some "
+            "are drawn more than once",
+            file=sys.stderr,
+        )
+    return split, held_out
+
+
+def own_args(args: argparse.Namespace, seed: int) -> argparse.Namespace:
+    """The flags of one seed; of several, each has a folder of its own in --output."""
+    own = {"seed": seed, "seeds": [seed]}
+    if len(args.seeds) > 1:
+        own["output"] = args.output / f"seed-{seed}"
+    return argparse.Namespace(**{**vars(args), **own})
+
+
+def states_of(
+    args: argparse.Namespace, makers: Makers, split: Split, several: bool
+) -> States | None:
+    """Where the runs of a seed start; None if they are finished, as one of several can be."""
+    folder = args.output / CHECKPOINTS
+    if report.other_run(args):
+        raise ValueError(OTHER_RUN.format(args.output))
+    if not args.resume:
+        if checkpoint.files(folder):
+            raise ValueError(f"{folder} holds checkpoints: add --resume, or use another --output")
+        return dict.fromkeys(makers)
+    if several and report.finished(args):
+        return None
+    settings = report.settings(args, split)
+    states = {name: checkpoint.newest(folder, name, settings) for name in makers}
+    if not any(states.values()) and not args.quiet and ranks.rank() == 0:
+        print(f"{folder} holds no checkpoints: starting anew", file=sys.stderr)
+    return states
+
+
+def train(
+    args: argparse.Namespace,
+    makers: Makers,
+    split: Split,
+    held_out: Images | None,
+    states: States,
+    asked: stop.Request,
+) -> list[Run]:
+    """The runs of one seed. Ctrl-C ends the program with a checkpoint."""
+    settings = report.settings(args, split)
+    trainers: list[Trainer] = []
+    try:
+        for name, make in makers.items():
+            trainers.append(Trainer(name, make, args, split, held_out, settings, states[name]))
+            trainers[-1].train(asked)
+    except stop.Stopped:
+        ended(trainers, "Stopped")
+        ranks.stop()
+        sys.exit(130)
+    except OSError as error:  # an image, a full disk
+        if ranks.world() > 1 or not trainers:
+            raise
+        trainers[-1].save()
+        ended(trainers, f"{error}\nPut a whole file of that name in its place. Ended")
+        sys.exit(1)
+    return [trainer.run for trainer in trainers]
 
 
 def ended(trainers: list[Trainer], how: str) -> None:
-    """Keep what was done, and tell how to go on."""
+    """Keep what was done, and say how to go on."""
     if ranks.rank() == 0:
         for finished in trainers[:-1]:
             finished.save()
@@ -122,24 +182,36 @@ def ended(trainers: list[Trainer], how: str) -> None:
         )
 
 
-def finish(args: argparse.Namespace, runs: list[Run], split: Split) -> None:
-    """Write and print what came out."""
-    report.write(args, runs, split)
-    if not args.checkpoint_every:  # what Ctrl-C left has served
-        shutil.rmtree(args.output / CHECKPOINTS, ignore_errors=True)
-    if args.export:
-        if args.refit:
-            runs[-1].model.embedder = runs[-1].refitted
-        some, _ = split.test[list(range(min(len(split.test), 64))), None]
-        export.write(runs[-1].model, args.export, some.to(args.device))
+def finish(
+    args: argparse.Namespace, own: argparse.Namespace, runs: list[Run], split: Split
+) -> None:
+    """Write the results of a seed; of the first one, export the model and draw its spaces."""
+    if own.seed == args.seed:
+        if args.export:
+            if args.refit:
+                runs[-1].model.embedder = runs[-1].refitted
+            some, _ = split.test[list(range(min(len(split.test), 64))), None]
+            export.write(runs[-1].model, args.export, some.to(own.device))
+        if args.report:
+            plots.retrieval(runs, split, args.output / "retrieval.png", seed=args.seed)
+            spaces.draw(runs, split, args.output, args.seed, args.workers)
+    report.write(own, runs, split)  # last: with it, the seed is finished
+    if not own.checkpoint_every:  # what Ctrl-C left has served
+        shutil.rmtree(own.output / CHECKPOINTS, ignore_errors=True)
+
+
+def summarise(args: argparse.Namespace, seeds: list[tables.Rows], split: Split) -> None:
+    """Write and print what came out, over all seeds."""
+    if len(seeds) > 1:
+        report.write_seeds(args, seeds, split)
     if args.report:
-        plots.recall(runs, args.output / "recall.png")
-        plots.retrieval(runs, split, args.output / "retrieval.png", seed=args.seed)
-        spaces.draw(runs, split, args.output, args.seed, args.workers)
+        plots.recall(seeds, args.output / "recall.png")
+        plots.losses(seeds, args.output / "losses.png")
         page.write(args.output)
-    print(report.title(args, split), report.table(runs), sep="\n\n")
+    print(report.title(args, split), tables.table(seeds), sep="\n\n")
     print(f"\nMetrics and configuration are in {args.output}", end="")
     print(", with pictures in report.html" if args.report else "")
     if args.export:
         which = " with the refitted embedder" if args.refit else ""
-        print(f"The {runs[-1].name} model{which}, loaded back and compared, is in {args.export}")
+        name = "base" if args.baseline_only else "S2SD"
+        print(f"The {name} model{which}, loaded back and compared, is in {args.export}")

@@ -8,31 +8,48 @@ import json
 from pathlib import Path
 
 PICTURES = {
-    "recall.png": "Recall@1 on test classes over training",
-    "dimension.png": "Recall@1 against dimension: the embeddings, the heads that teach, and the "
-    "trunk's features cut down by PCA",
-    "retrieval.png": "Queries and their nearest neighbours; green is the right class",
+    "recall.png": "Recall@1 after every epoch; of several seeds the mean, and each as a thin line",
+    "losses.png": "Losses of both runs, and the terms of S2SD before they are weighted; means of "
+    "each epoch",
+    "dimension.png": "Recall@1 against dimension: the embeddings, the auxiliary heads, which are "
+    "the teachers, and the trunk's features reduced by PCA",
+    "retrieval.png": "Queries and their nearest neighbours: ✓ is the class of the query, ✗ another",
     "similarity.png": "Similarities of the same images in each space, ordered by class: what is "
     "distilled. Features after a ReLU have no cosine below 0 and, as teachers, raise the student's",
-    "projection.png": "60 of the test classes by t-SNE, ten of them in colour",
+    "projection.png": "60 of the test classes by t-SNE, ten of them with a colour and a marker",
     "spectrum.png": "Singular values of each space; ρ is 0 where all directions are used alike",
 }
+WIDE = ("retrieval.png",)  # a phone scrolls it
+ONE_SEED = (
+    "<strong>One seed.</strong> Between seeds, single runs differ by as much as many settings do. "
+    "Before you conclude, train several: <code>--seeds 0 1 2 3 4</code>."
+)
+SEVERAL = (
+    "Means of {n} seeds. ± is the 95% t interval of the difference over training seeds, paired by "
+    "seed. It does not cover the choice of classes or data set. Rows share the same runs and move "
+    "together. Pictures of images and spaces are those of seed {first}."
+)
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #222; --line: #ddd; --soft: #f5f5f5; }
 @media (prefers-color-scheme: dark) {
   :root { --back: #16181c; --text: #e4e4e4; --line: #3a3d44; --soft: #23262c; }
 }
 body { background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif;
-  margin: 0 auto; max-width: 60rem; padding: 1rem; }
+  margin: 0 auto; max-width: 60rem; padding: 1rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
-h1 { font-size: 1.4rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.note { border-left: .3rem solid #d98a00; background: var(--soft); padding: .5rem .8rem; }
+h1 { font-size: 1.3rem; }
+table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: right;
   white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-figure { margin: 2rem 0; }
-figure img { background: #fff; border-radius: 6px; max-width: 100%; height: auto; }
-figcaption { font-size: .9rem; opacity: .8; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
+  background: var(--back); }
+figure { margin: 2rem 0; max-width: 42rem; }
+figure img { background: #fff; border-radius: 6px; width: 100%; height: auto; }
+figure.wide { max-width: none; }
+figure.wide img { min-width: 40rem; }
+figcaption { font-size: .95rem; }
+@media (max-width: 30rem) { table { font-size: .85rem; } th, td { padding: .3rem .35rem; } }
 pre { background: var(--soft); border-radius: 6px; overflow-x: auto; padding: .8rem; }
 """
 
@@ -41,12 +58,20 @@ def write(folder: Path) -> Path:
     """From table.md, config.json and the pictures in a run's folder. It needs nothing else."""
     title, _, table = (folder / "table.md").read_text(encoding="utf-8").partition("\n\n")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    parts = [f"<h1>{html.escape(title)}</h1>", f'<div class="scroll">{_table(table)}</div>']
+    seeds = config.get("seeds") or [config["seed"]]
+    note = ONE_SEED if len(seeds) == 1 else SEVERAL.format(n=len(seeds), first=seeds[0])
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        f'<div class="scroll" tabindex="0">{_table(table)}</div>',
+        f'<p class="note">{note}</p>',
+    ]
     for name, caption in PICTURES.items():
         if (folder / name).exists():
             data = base64.b64encode((folder / name).read_bytes()).decode()
+            kind = ' class="wide"' if name in WIDE else ""
             parts.append(
-                f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
+                f'<figure{kind}><div class="scroll"><img alt="{html.escape(caption)}" '
+                f'src="data:image/png;base64,{data}"></div>'
                 f"<figcaption>{html.escape(caption)}</figcaption></figure>"
             )
     text = html.escape(json.dumps(config, indent=2))

@@ -1,57 +1,125 @@
-"""The two pictures: recall over training, and queries with their nearest neighbours."""
+"""Pictures of a comparison: its curves over training, and queries with their neighbours.
+
+All are narrow, with large type, so that a phone shows them readable. What differs in colour differs
+in the style of lines, markers or signs too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 
 from .evaluate import nearest
 from .images import Images, Split
-from .report import Run
+from .report import COMPONENTS, Run
+from .tables import BASE, S2SD, VALIDATION, Rows, best_epoch, curve, looked_at
 
 matplotlib.use("Agg")  # draws to files, with or without a screen
 
 import matplotlib.pyplot as plt
 
-BASE, S2SD = "#7f7f7f", "#1f77b4"
-RIGHT, WRONG, QUERY = "#2ca02c", "#d62728", "#333333"
+WIDTH = 5.2  # inches: on a phone of 360 pixels, type of 11 points is 11 pixels high
+STYLES: dict[str, dict[str, Any]] = {
+    BASE: {"color": "#595959", "ls": "--", "marker": "s"},
+    S2SD: {"color": "#1f77b4", "ls": "-", "marker": "o"},
+}
+OTHERS = ("#d95f02", "#1b7837", "#7b3294", "#8c510a", "#c51b7d")
+MARKERS = "^vDPX<>hso"
+RIGHT, WRONG, QUERY = "#1b7837", "#c51b1b", "#333333"
 
 
-def recall(runs: Sequence[Run], path: Path) -> None:
-    """Recall@1 on unseen classes after every epoch, one curve a run.
+def style_of(name: str, place: int) -> dict[str, Any]:
+    """Colour, line and marker of a run, or of another series by its place."""
+    other = {"color": OTHERS[place % len(OTHERS)], "ls": ":", "marker": MARKERS[place % 10]}
+    return {"ms": 5, **STYLES.get(name, other)}
 
-    With --choose-epoch it is that on held-out training classes, the chosen epoch marked.
-    """
-    metric = next(
-        (m for _, _, _, m, *_ in runs[0].history if m.startswith("validation")), "Recall@1"
-    )
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for run, color in zip(runs, (BASE, S2SD), strict=False):
-        epochs, values = run.curve(metric)
-        percent = [100 * value for value in values]
-        shown = run.chosen - 1 if run.chosen else -1
-        axes.plot(epochs, percent, ".-", color=color, label=f"{run.name} ({percent[shown]:.1f})")
-        if run.chosen:
-            axes.plot(epochs[shown], percent[shown], "o", color=color, ms=9)
-    axes.set(
-        xlabel="epoch",
-        ylabel=f"{metric} on test classes (%)" if metric == "Recall@1" else f"{metric} (%)",
-    )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+
+def make(rows: int = 1, columns: int = 1, height: float = 3.6) -> tuple[plt.Figure, np.ndarray]:
+    """A figure and its axes (rows, columns)."""
+    plt.rcParams.update({"font.size": 11, "legend.fontsize": 10})
+    size = (WIDTH, height)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+
+
+def tidy(axes: plt.Axes, **legend: Any) -> None:
+    """A light grid, no frame, and a legend."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, **legend)
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    """Write and forget a figure."""
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
+def names(rows: Rows) -> list[str]:
+    """The runs there are."""
+    return [name for name in STYLES if any(row[0] == name for row in rows)]
+
+
+def mean_curve(seeds: Sequence[Rows], who: str, metric: str) -> tuple[list[int], np.ndarray]:
+    """Epochs, and the values (seeds, epochs)."""
+    found = [curve(rows, who, metric) for rows in seeds]
+    return found[0][0], np.array([values for _, values in found])
+
+
+def recall(seeds: Sequence[Rows], path: Path) -> None:
+    """Recall@1 after every epoch: the mean of the seeds, each of them thinly, the best epochs."""
+    metric = looked_at(seeds[0])
+    figure, ((axes,),) = make()
+    for name in names(seeds[0]):
+        epochs, values = mean_curve(seeds, name, metric)
+        style, values = style_of(name, 0), 100 * values
+        for own, rows in zip(values, seeds, strict=True):
+            best = best_epoch(rows, name)
+            if len(seeds) > 1:
+                axes.plot(epochs, own, color=style["color"], linewidth=0.7, alpha=0.5)
+            axes.plot(best, own[epochs.index(best)], "*", color=style["color"], ms=13, zorder=3)
+        mean = values.mean(axis=0)
+        axes.plot(epochs, mean, **{**style, "ms": 3}, label=f"{name} ({mean[-1]:.1f} at the end)")
+    where = "held-out training classes" if metric == VALIDATION else "test classes"
+    axes.set(xlabel="epoch (★: the best)", ylabel=f"Recall@1 on {where} (%)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    tidy(axes, loc="lower right")
+    save(figure, path)
+
+
+def losses(seeds: Sequence[Rows], path: Path) -> None:
+    """The losses, and the terms of S2SD before they are weighted, means of every epoch."""
+    figure, grid = make(rows=2, height=6.4)
+    kl = [c for c in COMPONENTS if "distill" in c]
+    shown = {name: [(name, "loss", name)] for name in names(seeds[0])}
+    terms = [(S2SD, c, f"S2SD: {c}") for c in COMPONENTS if c not in kl]
+    above = [*(line for lines in shown.values() for line in lines), *terms]
+    below = [(S2SD, c, c.replace("_", " ")) for c in kl]
+    for axes, lines, label in zip(
+        grid[:, 0], (above, below), ("loss", "KL divergence, unweighted"), strict=True
+    ):
+        for place, (who, metric, text) in enumerate(lines):
+            epochs, values = mean_curve(seeds, who, metric)
+            if len(epochs):
+                style = style_of(text, place)
+                axes.plot(epochs, values.mean(axis=0), **{**style, "ms": 3}, label=text)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if axes.lines:
+            tidy(axes)
+        else:
+            axes.remove()  # the base loss alone has no such terms
+    save(figure, path)
+
+
 def retrieval(
-    runs: Sequence[Run], split: Split, path: Path, seed: int, queries: int = 8, neighbours: int = 7
+    runs: Sequence[Run], split: Split, path: Path, seed: int, queries: int = 6, neighbours: int = 7
 ) -> None:
-    """Random queries with their nearest neighbours in every run: right ones green, wrong ones red.
+    """Random queries, and a row of nearest neighbours for every run.
 
     Seven neighbours, as a class of icons-400 has eight images: all of them can be right.
     """
@@ -65,43 +133,37 @@ def retrieval(
         embeddings = run.spaces["test"]["embeddings"]
         found.append(nearest(embeddings, neighbours, gallery[0] if gallery else None).cpu())
 
-    gap = [0.35]
-    widths = [1, *(len(runs) * (gap + [1] * neighbours))]
+    rows = len(chosen) * len(runs)
+    plt.rcParams.update({"font.size": 9})
     figure, grid = plt.subplots(
-        queries,
-        len(widths),
-        figsize=(0.62 * sum(widths) + 0.2, 0.8 * queries + 0.5),
-        gridspec_kw={"width_ratios": widths, "wspace": 0.12, "hspace": 0.3},
+        rows,
+        neighbours + 1,
+        figsize=(0.95 * (neighbours + 1), 1.2 * rows + 0.3),
+        layout="constrained",
         squeeze=False,
     )
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.93)
-    for axes in grid.flat:
-        axes.axis("off")
 
-    def draw(row: int, column: int, index: int, images: Images, color: str) -> None:
-        axes = grid[row, column]
+    def draw(axes: plt.Axes, index: int, images: Images, color: str, sign: str) -> None:
         axes.axis("on")
         axes.imshow(images.picture(index), vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[])
-        axes.set_title(
-            images.names[images.labels[index]][:14], fontsize=5.5, pad=2, parse_math=False
-        )
+        name = images.names[images.labels[index]]
+        name = name if len(name) <= 12 else f"{name[:11]}…"
+        axes.set_title(f"{sign} {name}".strip(), fontsize=8, pad=3, color=color, parse_math=False)
         for spine in axes.spines.values():
-            spine.set(color=color, linewidth=1.8)
+            spine.set(color=color, linewidth=2, linestyle="--" if sign == "✗" else "-")
 
-    for row, query in enumerate(chosen):
-        draw(row, 0, query, test, QUERY)
-        for block, neighbour_indices in enumerate(found):
-            for rank, index in enumerate(neighbour_indices[query].tolist()):
-                color = RIGHT if searched.labels[index] == test.labels[query] else WRONG
-                draw(row, 2 + block * (neighbours + 1) + rank, index, searched, color)
-
-    headings = [("query", 0, 0)]
-    for block, run in enumerate(runs):
-        first = 2 + block * (neighbours + 1)
-        headings.append((f"{run.name}: nearest neighbours", first, first + neighbours - 1))
-    for text, first, last in headings:
-        left, right = grid[0, first].get_position().x0, grid[0, last].get_position().x1
-        figure.text((left + right) / 2, 0.985, text, ha="center", va="top", fontsize=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    for axes in grid.flat:
+        axes.axis("off")
+    for row, (query, block) in enumerate((q, b) for q in chosen for b in range(len(runs))):
+        if block == 0:
+            draw(grid[row, 0], query, test, QUERY, "")
+        grid[row, 0].text(
+            -0.12, 0.5, runs[block].name, transform=grid[row, 0].transAxes, rotation=90,
+            ha="right", va="center",
+        )  # fmt: skip
+        for rank, index in enumerate(found[block][query].tolist()):
+            right = bool(searched.labels[index] == test.labels[query])
+            marks = (RIGHT, "✓") if right else (WRONG, "✗")
+            draw(grid[row, 1 + rank], index, searched, *marks)
+    save(figure, path)

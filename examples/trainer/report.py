@@ -26,12 +26,9 @@ from .baselines import principal
 from .evaluate import evaluate, spaces_of
 from .images import Images, Split
 from .network import Network, pool
+from .tables import COLUMNS, FIRST, REFIT, Row, Rows, table
 
 COMPONENTS = ("base", "aux", "distill", "feature_distill")
-FIRST = "first "  # dimensions of a run's embeddings
-REFIT = "refitted embedder"  # the space of an embedder fitted to the frozen features
-VALIDATION = "validation Recall@1"  # on held-out training classes, after an epoch
-COLUMNS = ("run", "epoch", "step", "metric", "value", "seconds")
 PROGRESS = ("epoch", "step", "chosen", "seconds", "recorded", "history")
 # What a repeated run has anew.
 UNREPEATED = (
@@ -40,7 +37,6 @@ UNREPEATED = (
 )
 # Flags that change no number; of the data, its fingerprint counts.
 WHERE = (*UNREPEATED, "workers", "root")
-Row = tuple[str, int, int, str, float, float]  # as in COLUMNS
 Scores = dict[str, dict[str, float]]
 
 
@@ -156,11 +152,6 @@ class Run:
             return None
         return self.spaces["gallery"][space], split.gallery.labels
 
-    def curve(self, metric: str) -> tuple[list[int], list[float]]:
-        """Epochs and values of a metric."""
-        rows = [row for row in self.rows() if row[0] == self.name and row[3] == metric]
-        return [row[1] for row in rows], [row[4] for row in rows]
-
 
 def components(loss_func: nn.Module) -> dict[str, float]:
     """The unweighted terms of an S2SDLoss with heads; nothing for a plain loss."""
@@ -173,41 +164,6 @@ def mean(rows: list[dict[str, float]]) -> dict[str, float]:
     return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
-def table(runs: list[Run]) -> str:
-    """Metrics in %: base, S2SD, their difference, and every head as a teacher."""
-    scores = {name: values for run in runs for name, values in run.scores.items()}
-    seconds = {run.name: run.seconds for run in runs}
-    seconds |= {f"{run.name}, {REFIT}": run.seconds + run.refit_seconds for run in runs}
-    columns = [name for name in scores if FIRST not in name]
-    if {"base", "S2SD"} <= set(columns):
-        columns.insert(columns.index("S2SD") + 1, "difference")
-    lines = [["", *columns]]
-    for metric in scores[runs[0].name]:
-        values = {name: 100 * scores[name][metric] for name in scores}
-        lines.append([metric, *_cells(values, columns, "")])
-    for size in sorted({int(name.split()[-1]) for name in scores if FIRST in name}):
-        found = {run.name: scores.get(f"{run.name}, {FIRST}{size}") for run in runs}
-        values = {name: 100 * x["Recall@1"] for name, x in found.items() if x}
-        lines.append([f"Recall@1, {FIRST}{size}", *_cells(values, columns, "")])
-    lines.append(["training time", *_cells(seconds, columns, " s")])
-    if any(run.chosen for run in runs):
-        chosen = {run.name: str(run.chosen) for run in runs}
-        lines.append(["chosen epoch", *(chosen.get(name, "") for name in columns)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    return "\n".join(
-        "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
-        for row in lines
-    )
-
-
-def _cells(values: dict[str, float], columns: list[str], unit: str) -> list[str]:
-    cells = {name: f"{value:.1f}{unit}" for name, value in values.items()}
-    if "difference" in columns and {"base", "S2SD"} <= set(values):
-        cells["difference"] = f"{values['S2SD'] - values['base']:+.1f}{unit}"
-    return [cells.get(name, "") for name in columns]
-
-
 def title(args: argparse.Namespace, split: Split) -> str:
     """What the table compares."""
     shared = len(set(split.train.names) & set(split.test.names))
@@ -215,10 +171,13 @@ def title(args: argparse.Namespace, split: Split) -> str:
     if shared and not args.validation:
         kind = f"test (of which {shared} are training classes too)"
     s2sd = "" if args.baseline_only else f", {args.variant}"
+    seeds = f"seed {args.seed}"
+    if len(args.seeds) > 1:
+        seeds = f"mean of {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))})"
     return (
         f"{args.dataset}: {args.loss}{s2sd}, embedding size {args.embedding_size}, "
-        f"{args.epochs * args.steps_per_epoch} steps, seed {args.seed}; "
-        f"{len(split.test.names)} {kind} classes, {len(split.test)} images; %"
+        f"{args.epochs * args.steps_per_epoch} steps, {seeds}; "
+        f"{len(split.test.names)} {kind} classes, {len(split.test)} images; values in %"
     )
 
 
@@ -235,14 +194,27 @@ def counts(split: Split) -> str:
 
 
 def write(args: argparse.Namespace, runs: list[Run], split: Split) -> None:
-    """metrics.csv, table.md and config.json."""
-    output: Path = args.output
-    with open(output / "metrics.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(row for run in runs for row in run.rows())
-    (output / "table.md").write_text(f"{title(args, split)}\n\n{table(runs)}\n")
+    """metrics.csv, table.md and config.json of one seed."""
+    rows = [row for run in runs for row in run.rows()]
+    write_rows(args.output, COLUMNS, rows)
+    (args.output / "table.md").write_text(f"{title(args, split)}\n\n{table([rows])}\n")
     write_config(args)
+
+
+def write_seeds(args: argparse.Namespace, seeds: Sequence[Rows], split: Split) -> None:
+    """The same of several seeds, whose own results are in folders of --output."""
+    named = [(n, *row) for n, rows in zip(args.seeds, seeds, strict=True) for row in rows]
+    write_rows(args.output, ("seed", *COLUMNS), named)
+    (args.output / "table.md").write_text(f"{title(args, split)}\n\n{table(seeds)}\n")
+    write_config(args)
+
+
+def write_rows(folder: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """metrics.csv."""
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
 
 
 def other_run(args: argparse.Namespace) -> bool:
@@ -251,8 +223,17 @@ def other_run(args: argparse.Namespace) -> bool:
     if not (path.exists() and (args.output / "metrics.csv").exists()):
         return False
     known = json.loads(path.read_text())
-    now = {name: value for name, value in resolved(args).items() if name not in WHERE}
+    several = len(args.seeds) > 1
+    if several != ("seeds" in known):
+        return True
+    grown = {"seed", "seeds"} if several else set()  # seeds may be added
+    now = {name: v for name, v in resolved(args).items() if name not in {*WHERE, *grown}}
     return {**known, **now} != known
+
+
+def finished(args: argparse.Namespace) -> bool:
+    """Whether --output holds the results of this very run, of one seed."""
+    return (args.output / "metrics.csv").exists() and not other_run(args)
 
 
 def write_config(args: argparse.Namespace) -> None:
@@ -265,6 +246,7 @@ def write_config(args: argparse.Namespace) -> None:
 def resolved(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that another run repeats, in plain values."""
     config = {name: v for name, v in vars(args).items() if name not in UNREPEATED}
+    del config["seed" if len(args.seeds) > 1 else "seeds"]
     return _plain({**config, "device": torch.device(args.device).type})  # rank 0's has a number
 
 
@@ -285,8 +267,8 @@ def versions() -> dict[str, str]:
 
 def settings(args: argparse.Namespace, split: Split) -> dict[str, Any]:
     """All that the numbers depend on, in plain values."""
-    flags = {name: value for name, value in vars(args).items() if name not in WHERE}
-    flags |= {"data": fingerprint(split)}
+    flags = {name: v for name, v in vars(args).items() if name not in (*WHERE, "seeds")}
+    flags |= {"data": fingerprint(split), "device": torch.device(args.device).type}
     flags |= {"threads": torch.get_num_threads(), "ranks": ranks.world(), **versions()}
     return _plain(flags)
 

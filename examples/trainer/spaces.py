@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,20 +13,19 @@ from torch import Tensor
 from .baselines import principal
 from .evaluate import recall_at_k
 from .images import Images, Split
+from .plots import MARKERS, WIDTH, make, save, style_of, tidy
 from .report import Run
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-
-COLORS = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b")
 Spaces = dict[str, Tensor]  # name -> L2-normalised embeddings (N, d)
 
 
 def draw(runs: list[Run], split: Split, folder: Path, seed: int, workers: int = 0) -> None:
     """All of this module's pictures, of runs that have their scores."""
     found = spaces(runs, "test")
-    similarity(found, split.test, folder / "similarity.png")
+    last = runs[-1]
+    features = {f"features of {last.name}": F.normalize(last.spaces["test"]["features"]).cpu()}
+    shown = dict(list(found.items())[:3]) | features  # base, S2SD and its largest teacher
+    similarity(shown, split.test, folder / "similarity.png")
     spectrum(found, folder / "spectrum.png")
     dimension(runs, found, split, folder / "dimension.png", workers)
     projection(runs, found, split.test, folder / "projection.png", seed)
@@ -54,47 +52,50 @@ def rho(embeddings: Tensor, values: Tensor | None = None) -> float:
     return float((uniform * (uniform / spectrum).log()).sum())
 
 
-def similarity(found: Spaces, data: Images, path: Path, classes: int = 10) -> None:
+def similarity(shown: Spaces, data: Images, path: Path, classes: int = 10) -> None:
     """Cosine similarities of the same images in each space, ordered by class."""
-    rows = (data.labels.cpu() < classes).nonzero().squeeze(1)
-    rows = rows[data.labels.cpu()[rows].argsort(stable=True)]
-    labels = data.labels.cpu()[rows]
-    shown = list(found.items())[:3]  # base, S2SD and its largest teacher
-    figure, grid = plt.subplots(
-        1, len(shown), figsize=(3.6 * len(shown) + 0.8, 3.9), layout="constrained", squeeze=False
-    )
-    edges = np.flatnonzero(np.diff(labels.numpy())) + 0.5
-    for axes, (name, z) in zip(grid[0], shown, strict=True):
+    labels = data.labels.cpu()
+    rows = (labels < classes).nonzero().squeeze(1)
+    rows = rows[labels[rows].argsort(stable=True)]
+    edges = np.flatnonzero(np.diff(labels[rows].numpy())) + 0.5
+    down = -(-len(shown) // 2)
+    figure, grid = make(down, 2, height=2.75 * down + 0.6)
+    for axes in grid.flat[len(shown) :]:
+        axes.remove()
+    for axes, (name, z) in zip(grid.flat, shown.items(), strict=False):
         drawn = axes.imshow(z[rows] @ z[rows].T, vmin=-1, vmax=1, cmap="RdBu_r")
         for edge in edges:
             axes.axhline(edge, color="black", linewidth=0.3)
             axes.axvline(edge, color="black", linewidth=0.3)
-        axes.set(title=f"{name} ({z.shape[1]} dimensions)", xticks=[], yticks=[])
-    figure.colorbar(drawn, ax=grid, shrink=0.8, label="cosine similarity")
-    _save(figure, path)
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(f"{name}\n{z.shape[1]} dimensions", fontsize=11)
+    shrink = {"location": "bottom", "shrink": 0.8, "aspect": 40, "label": "cosine similarity"}
+    figure.colorbar(drawn, ax=grid, ticks=[-1, -0.5, 0, 0.5, 1], **shrink)
+    save(figure, path)
 
 
 def spectrum(found: Spaces, path: Path) -> None:
     """Singular values of each space, largest first, as shares of their sum."""
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for (name, z), color in zip(found.items(), COLORS, strict=False):
+    figure, ((axes,),) = make()
+    for place, (name, z) in enumerate(found.items()):
         values = torch.linalg.svdvals(z.double())
         x = (torch.arange(len(values)) + 1) / z.shape[1]
+        style = {**style_of(name, place), "markevery": max(1, len(x) // 8)}
         label = f"{name}: ρ = {rho(z, values):.2f}"
-        axes.plot(x, values / values.sum() * len(values), ".-", color=color, ms=3, label=label)
+        axes.plot(x, values / values.sum() * len(values), **style, label=label)
     axes.set(
-        xlabel="place of the singular value, as a share of the dimensions",
-        ylabel="singular value over their mean",
+        xlabel="place of the singular value / dimensions",
+        ylabel="singular value / their mean",
         yscale="log",
     )
     axes.set_ylim(bottom=1e-4)  # what is below is not used
-    _tidy(axes, "lower left")
-    _save(figure, path)
+    tidy(axes, loc="lower left")
+    save(figure, path)
 
 
 def dimension(runs: list[Run], found: Spaces, split: Split, path: Path, workers: int) -> None:
-    """Recall@1 against dimension: the spaces, and the trunk's features cut down by PCA."""
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    """Recall@1 against dimension: the spaces, and the trunk's features reduced by PCA."""
+    figure, ((axes,),) = make(height=4.4)
     labels = split.test.labels
     searched = None if split.gallery is None else spaces(runs, "gallery")
 
@@ -102,7 +103,7 @@ def dimension(runs: list[Run], found: Spaces, split: Split, path: Path, workers:
         pair = None if gallery is None else (gallery, split.gallery.labels)
         return 100 * recall_at_k(z, labels, ks=(1,), gallery=pair)["Recall@1"]
 
-    for run, color in zip(runs, COLORS, strict=False):
+    for run in runs:
         fitted = run.project(split.train, workers)["features"].cpu()
         tested = run.spaces["test"]["features"].cpu()
         theirs = run.spaces["gallery"]["features"].cpu() if searched else None
@@ -112,56 +113,39 @@ def dimension(runs: list[Run], found: Spaces, split: Split, path: Path, workers:
         tested = (tested - mean) @ directions
         theirs = (theirs - mean) @ directions if searched else None
         recalls = [recall(tested[:, :d], theirs[:, :d] if searched else None) for d in sizes]
-        label = f"features of {run.name}, PCA"
-        axes.plot(sizes, recalls, ".--", color=color, alpha=0.6, label=label)
-    for (name, z), color in zip(found.items(), COLORS, strict=False):
-        marker = "o" if name in [run.name for run in runs] else "^"
-        value = recall(z, searched and searched[name])
-        axes.plot(z.shape[1], value, marker, color=color, ms=9, label=name)
+        style = {**style_of(run.name, 0), "marker": ".", "alpha": 0.7}
+        axes.plot(sizes, recalls, **style, label=f"features of {run.name}, PCA")
+    for place, (name, z) in enumerate(found.items()):
+        style = {**style_of(name, place), "ls": "", "ms": 9}
+        axes.plot(z.shape[1], recall(z, searched and searched[name]), **style, label=name)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set(xlabel="dimensions", ylabel="Recall@1 on test classes (%)")
-    _tidy(axes, "lower right")
-    _save(figure, path)
+    tidy(axes, loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2)
+    save(figure, path)
 
 
 def projection(
     runs: list[Run], found: Spaces, data: Images, path: Path, seed: int, classes: int = 60
 ) -> None:
-    """Images of random classes by t-SNE, those of ten in colour."""
+    """Images of random classes by t-SNE, those of ten with a colour and a marker each."""
     labels = data.labels.cpu().numpy()
     chosen = np.random.RandomState(seed).permutation(labels.max() + 1)[:classes]
     rows = np.isin(labels, chosen)
-    figure, grid = plt.subplots(
-        1, len(runs), figsize=(5 * len(runs), 5.2), layout="constrained", squeeze=False
-    )
-    for axes, run in zip(grid[0], runs, strict=True):
+    figure, grid = make(len(runs), height=(WIDTH - 0.8) * len(runs) + 1.4)
+    for axes, run in zip(grid[:, 0], runs, strict=True):
         nearby = min(15, rows.sum() / 4)
         tsne = TSNE(metric="cosine", init="random", random_state=seed, perplexity=nearby)
         points = tsne.fit_transform(found[run.name].numpy()[rows])
-        axes.scatter(*points.T, s=3, color="#cccccc")
-        for label in chosen[:10]:
+        axes.scatter(*points.T, s=3, color="#bbbbbb")
+        for label, marker in zip(chosen[:10], MARKERS, strict=False):
             own = points[labels[rows] == label]
+            name = data.names[label].replace("$", r"\$")
             axes.scatter(
-                *own.T,
-                s=22,
-                edgecolors="white",
-                linewidths=0.5,
-                label=data.names[label].replace("$", r"\$"),
+                *own.T, s=36, marker=marker, edgecolors="white", linewidths=0.5, label=name[:24]
             )
         axes.set(title=run.name, xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     handles, names = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, ncols=5, loc="outside lower center", frameon=False, fontsize=8)
-    _save(figure, path)
-
-
-def _tidy(axes: plt.Axes, legend: str) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc=legend, fontsize=8)
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure.legend(handles, names, ncols=2, loc="outside lower center", frameon=False)
+    save(figure, path)

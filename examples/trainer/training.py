@@ -20,7 +20,8 @@ from .by_name import LossAndMiner
 from .evaluate import apply, recall_at_k
 from .images import Batches, Images, Split
 from .network import Network
-from .report import VALIDATION, Run
+from .report import Run
+from .tables import VALIDATION
 
 CHECKPOINTS = "checkpoints"
 
