@@ -32,8 +32,8 @@ MUTATED = {
     "loss": f"{STEP} tests/test_loss_step.py tests/test_validation.py tests/test_refusals.py "
     "tests/test_counter.py",
     "spaces": f"{STEP} tests/test_teachers.py tests/test_matryoshka.py tests/test_distributed.py",
-    "teachers": "tests/test_teachers.py",
-    "students": "tests/test_matryoshka.py",
+    "teachers": "tests/test_teachers.py tests/test_teachers_distributed.py",
+    "students": "tests/test_matryoshka.py tests/test_matryoshka_training.py",
     "branches": "tests/test_branches.py tests/test_stacking.py",
     "stacking": "tests/test_stacking.py",
     "similarity": "tests/test_similarity.py",
@@ -48,9 +48,11 @@ MUTATED = {
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Format and lint with ruff."""
+    """Format and lint with ruff; the snippets of README and docs at 76 columns."""
     session.install("ruff")
     session.run("ruff", "format", "--check", ".")
+    pages = ["README.md", *map(str, sorted(Path("docs").glob("*.md")))]
+    session.run("ruff", "format", "--check", "--line-length", "76", *pages)
     session.run("ruff", "check", ".")
 
 

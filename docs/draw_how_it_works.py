@@ -36,7 +36,7 @@ CLASSES = "airplane camera scissors fish ghost heart anchor key".split()
 PER_CLASS, EMBEDDING_SIZE, HEADS = 4, 8, (128, 512)
 
 KEPT, HEAD, TEACHER, INK = "#0f6e84", "#c8641b", "#7b3fa0", "#1d2b33"
-KEPT_CARD, TRAINING_CARD = "#e3f1f4", "#fbf4ea"
+KEPT_CARD, TRAINING_CARD, EQUATION_CARD = "#e3f1f4", "#fbf4ea", "#f1f3f5"
 SIMILARITY = LinearSegmentedColormap.from_list("s", ["#ffffff", "#bcd3de", "#3f7f9f", "#0b2a45"])
 
 # Columns and rows, in units of 100 pixels.
@@ -199,6 +199,7 @@ def model(ax: Axes, images: Tensor) -> None:
 def objective(ax: Axes) -> None:
     """The three terms, each in the colour of what it does in the picture."""
     x, y, step = 0.55, 6.7, 0.8
+    card(ax, [(0.25, 4.55), (0.25, 8.7), (5.25, 8.7), (5.25, 4.55)], EQUATION_CARD)
     label(ax, x, y + 0.75, "loss  =", 16, ha="left")
     terms = (
         ("$\\frac{1}{2}\\,[\\;L(\\psi)\\,+\\,\\mathrm{mean}_i\\;L_i(g_i(\\varphi))\\;]$", INK),
@@ -213,7 +214,7 @@ def draw(path: Path) -> None:
     """The whole picture: one row for every space, the deployed model at the bottom."""
     images, similarities = trained_batch()
     plt.rcParams.update({"font.family": "DejaVu Sans", "mathtext.fontset": "cm"})
-    fig = plt.figure(figsize=(16, 9), dpi=100, facecolor="white")
+    fig = plt.figure(figsize=(16, 9), dpi=100)
     ax = fig.add_axes((0, 0, 1, 1))
     psi, right = ROWS["ψ"], MATRIX + SIDE / 2
     card(ax, [(0.25, 0.3), (0.25, 2.95), (9.75, 2.95), (9.75, 0.3)], KEPT_CARD)
@@ -255,7 +256,7 @@ def draw(path: Path) -> None:
     ax.set(xlim=(0, 16), ylim=(0, 9), aspect="equal")
     ax.axis("off")
     path.parent.mkdir(exist_ok=True)
-    fig.savefig(path)
+    fig.savefig(path, transparent=True)  # every word stands on a card
 
 
 if __name__ == "__main__":

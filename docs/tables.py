@@ -7,11 +7,14 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from scipy.stats import ttest_1samp
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "examples"))
@@ -21,48 +24,168 @@ from study import summary  # noqa: E402
 PERFORMANCE = DOCS / "performance.md"  # draw_performance.py writes its tables
 PAGES = [DOCS.parent / "README.md", *sorted({*DOCS.glob("*.md")} - {PERFORMANCE})]
 BLOCK = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+METRIC, LEVEL = summary.METRIC, 0.05
+
+Rows = list[summary.Row]
 
 
-def rows(name: str, **where: Any) -> list[summary.Row]:
+class Difference(NamedTuple):
+    """Method minus a baseline at one embedding size, in points, by seed."""
+
+    points: list[float]
+
+    @property
+    def text(self) -> str:
+        """Mean and half the 95% interval; one seed has none."""
+        if not self.points:
+            return ""
+        mean, half = summary.interval(self.points)
+        return f"{mean:+.1f}" + (f" ± {half:.1f}" if len(self.points) > 1 else "")
+
+    @property
+    def p(self) -> float:
+        """Of the paired t test."""
+        return float(ttest_1samp(self.points, 0).pvalue) if len(self.points) > 1 else 1.0
+
+
+def rows(name: str, **where: Any) -> Rows:
     """The rows of a result file, those with the values in ``where``."""
     with open(DOCS / "results" / f"{name}.csv", newline="") as file:
         found = list(csv.DictReader(file))
     return [
-        {**row, "size": int(row["size"]), summary.METRIC: float(row[summary.METRIC])}
+        {**row, "size": int(row["size"]),
+         "seed": int(row["seed"]), METRIC: float(row[METRIC])}
         for row in found
         if all(row[column] == str(value) for column, value in where.items())
-    ]
+    ]  # fmt: skip
 
 
-def difference(found: list[summary.Row], method: str, size: int, bold: bool = False) -> str:
-    """Method minus base at the same seeds; bold where the interval, as printed, leaves 0 out."""
-    paired = summary.differences(found, method, size)
-    if not paired:
-        return ""
-    mean, half = summary.interval(paired)
-    text = f"{mean:+.1f} ± {half:.1f}"
-    return f"**{text}**" if bold and round(abs(mean), 1) > round(half, 1) else text
+def difference(found: Rows, method: str, size: int, base: str = summary.BASE) -> Difference:
+    """Method minus base at the same seeds."""
+    own, other = (summary.values(found, name, size) for name in (method, base))
+    return Difference([own[seed] - other[seed] for seed in own if seed in other])
 
 
-def table(head: list[str], lines: list[list[str]]) -> str:
+def significant(differences: Iterable[Difference]) -> set[int]:
+    """The places of those that survive Holm's correction for the number of cells in a table."""
+    p = {i: d.p for i, d in enumerate(differences) if len(d.points) > 1}
+    kept: set[int] = set()
+    for rank, place in enumerate(sorted(p, key=p.__getitem__)):
+        if p[place] * (len(p) - rank) > LEVEL:
+            break
+        kept.add(place)
+    return kept
+
+
+def bold(lines: list[list[str | Difference]]) -> list[list[str]]:
+    """The cells as text, in bold those differences that survive the correction."""
+    cells = [cell for line in lines for cell in line if isinstance(cell, Difference)]
+    kept = {id(cells[i]) for i in significant(cells)}
+
+    def text(cell: str | Difference) -> str:
+        if isinstance(cell, str):
+            return cell
+        return f"**{cell.text}**" if id(cell) in kept else cell.text
+
+    return [[text(cell) for cell in line] for line in lines]
+
+
+def mean(found: Rows, method: str, size: int) -> str:
+    """The mean over seeds, in %."""
+    values = summary.values(found, method, size)
+    return f"{summary.interval(values.values())[0]:.1f}" if values else ""
+
+
+def table(head: list[str], lines: list[list[str]], left: int = 1) -> str:
     """Numbers to the right, names to the left."""
-    head = [" | ".join(head), " | ".join(["---", *["---:"] * (len(head) - 1)])]
-    return "".join(f"| {line} |\n" for line in [*head, *map(" | ".join, lines)])
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *lines])
+
+
+SMALL, MSDFA = "MSDF, high-rate", "MSDFA, high-rate"
+REFITTED = ", refitted embedder"
+RESULTS = [  # data and training, result file, S2SD's method, the baseline, sizes
+    ("CUB-200-2011, pretrained, the paper's weights", "cub", "MSDF", "base", (32, 128)),
+    ("CUB-200-2011, both with a refitted embedder", "cub", "MSDF" + REFITTED, "base" + REFITTED,
+     (128,)),
+    ("emoji, pretrained", "emoji", SMALL, "base", (16, 32, 64, 128)),
+    ("emoji, both with a refitted embedder", "emoji-gpu", SMALL + REFITTED, "base" + REFITTED,
+     (16, 32)),
+    ("icons-400, from scratch", "icons-400", SMALL, "base", (16, 32, 64, 128)),
+    ("icons-400, from scratch, MSDFA", "icons-400", MSDFA, "base", (16, 32, 64, 128)),
+]  # fmt: skip
+
+
+def results() -> str:
+    """What S2SD gains on every data set: base, S2SD, difference, seeds."""
+    lines: list[list[str | Difference]] = []
+    for what, file, method, base, sizes in RESULTS:
+        found = rows(file)
+        for size in sizes:
+            gain = difference(found, method, size, base)
+            seeds = str(len(gain.points))
+            means = [mean(found, name, size) for name in (base, method)]
+            lines.append([what, str(size), *means, gain, seeds])
+    head = "data and training|dimensions|base|S2SD|difference|seeds"
+    return table(head.split("|"), bold(lines))
+
+
+def alternatives() -> str:
+    """What other uses of the same time gain, next to S2SD, at 16 and 32 dimensions."""
+    columns = [("emoji", 16), ("emoji", 32), ("icons-400", 16), ("icons-400", 32)]
+    methods = {
+        "S2SD, one training": SMALL,
+        "S2SD as MSDFA, one training": MSDFA,
+        "the base loss for twice as many steps": "base, twice the steps",
+        "two-stage distillation from 512 dimensions": "two-stage distillation",
+        "PCA of a base model with 512 dimensions": "base 512 + PCA",
+        "Matryoshka losses, one training for all sizes": "Matryoshka",
+    }
+    lines: list[list[str | Difference]] = []
+    for what, method in methods.items():
+        cells = [difference(rows(file), method, size) for file, size in columns]
+        lines.append([what, *(cell if cell.points else "" for cell in cells)])
+    return table(["", *(f"{file}, {size}" for file, size in columns)], bold(lines))
 
 
 def gains() -> str:
-    """What the recipe gains, by embedding size."""
-    emoji, icons, sizes = rows("emoji"), rows("icons-400"), (8, 16, 32, 64, 128)
-    lines = [
-        ("emoji, pretrained EfficientNet-lite0, 320 steps", emoji, "MSDF, small-data"),
-        ("the same, then an embedder fitted anew", emoji, "MSDF, small-data, refitted embedder"),
-        ("icons-400, small network from scratch, 400 steps", icons, "MSDF, small-data"),
-        ("the same with MSDFA", icons, "MSDFA, small-data"),
+    """What S2SD gains, by embedding size."""
+    sizes = (16, 32, 64, 128)
+    kinds = [
+        ("CUB-200-2011, pretrained, the paper's weights", "cub", "MSDF", "base"),
+        ("emoji, pretrained, recipe", "emoji", SMALL, "base"),
+        ("icons-400, from scratch, recipe", "icons-400", SMALL, "base"),
+        ("icons-400, from scratch, recipe, MSDFA", "icons-400", MSDFA, "base"),
     ]
-    return table(
-        ["embedding size", *map(str, sizes)],
-        [[what, *(difference(of, m, size, bold=True) for size in sizes)] for what, of, m in lines],
-    )
+    lines: list[list[str | Difference]] = []
+    for what, file, method, base in kinds:
+        cells = [difference(rows(file), method, size, base) for size in sizes]
+        seeds = max(len(cell.points) for cell in cells)
+        shown = [cell if len(cell.points) > 1 or seeds == 1 else "" for cell in cells]
+        lines.append([what, *shown, str(seeds)])
+    return table(["Recall@1, S2SD minus base", *map(str, sizes), "seeds"], bold(lines))
+
+
+def milliseconds(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def costs() -> str:
+    """What S2SD costs in time and memory, from the files of docs/performance."""
+    lines = []
+    for name, key, what in (
+        ("full-step", "pixels", "training step, EfficientNet-lite0, {} pixels"),
+        ("loss-step", "batch", "the loss alone, 2048 features, batch {}"),
+    ):
+        result = json.loads((DOCS / "performance" / f"{name}.json").read_text(encoding="utf-8"))
+        for row in result["rows"]:
+            times = [milliseconds(row[f"{loss} ms"]) for loss in ("base loss", "S2SDLoss")]
+            if row.get("mode", "eager") == "eager":
+                lines.append([what.format(row[key]), *times, f"{row['S2SDLoss / base']:.2f}"])
+    lines.append(["parameters of the heads, in training", "0", "18.4 million", ""])
+    lines.append(["the deployed model", "unchanged", "unchanged", "1"])
+    return table(["", "base loss", "S2SD", "ratio"], lines)
 
 
 def validation() -> str:
@@ -78,13 +201,13 @@ def validation() -> str:
     }
     methods = {
         "MSDF, two layers": "MSDF, two layers",
-        "MSDF, linear: the recipe": "MSDF, small-data",
+        "MSDF, linear: the recipe": SMALL,
         "MSDFA, two layers": "MSDFA, two layers",
-        "MSDFA, linear": "MSDFA, small-data",
+        "MSDFA, linear": MSDFA,
     }
     seeds = [str(len(summary.values(of, summary.BASE, size))) for of, size in columns.values()]
     lines = [
-        [what, *(difference(of, method, size) for of, size in columns.values())]
+        [what, *(difference(of, method, size).text for of, size in columns.values())]
         for what, method in methods.items()
     ]
     return table(["", *columns], [["seeds", *seeds], *lines])
@@ -98,18 +221,21 @@ def batches() -> str:
         of, method = rows("icons-400-batches-validation", **where), "MSDF, two layers"
         if not of:  # the row of the settings
             of, method = rows("icons-400-settings-validation", **where), "the recipe"
-        base, own = summary.values(of, summary.BASE, 16), summary.values(of, method, 16)
-        means = [f"{summary.interval(found.values())[0]:.1f}" for found in (base, own)]
-        classes, gain = str(size // per_class), difference(of, method, 16)
-        lines.append([f"{size}, {per_class}", classes, str(len(own)), *means, gain])
+        gain = difference(of, method, 16)
+        means = [mean(of, name, 16) for name in (summary.BASE, method)]
+        classes, seeds = str(size // per_class), str(len(gain.points))
+        lines.append([f"{size}, {per_class}", classes, seeds, *means, gain.text])
     head = "batch, samples per class|classes in a batch|seeds|base|S2SD|difference"
     return table(head.split("|"), lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "gains": gains,
-    "validation": validation,
+    "alternatives": alternatives,
     "batches": batches,
+    "costs": costs,
+    "gains": gains,
+    "results": results,
+    "validation": validation,
 }
 
 

@@ -91,11 +91,25 @@ class FeatureCapture:
         """The features that made these embeddings, row for row, still attached to the graph.
 
         The embeddings may be what the module returned, or made from it: normalised, cast, sliced,
-        indexed, or the concatenation of several forwards. An error asks for ``name`` instead.
+        indexed, or the concatenation of several forwards.
+
+        Args:
+            embeddings: (B, D), with their autograd graph.
+            name: the argument that an error message asks for instead.
+
+        Returns:
+            The features as the module took or returned them: (B, F) or (B, C, H, W).
 
         Raises:
             MissingFeaturesError: if no capture leads to the embeddings, or several that differ do,
                 or an unknown order of rows; or if the features were changed in place or released.
+
+        Examples:
+            >>> import torch
+            >>> embedder = nn.Linear(6, 2)
+            >>> capture, features = FeatureCapture(embedder), torch.randn(4, 6)
+            >>> torch.equal(capture.features_of(embedder(features)[:3]), features[:3])
+            True
         """
         fix = f"Pass {name}=... to the loss."
         if embeddings.grad_fn is None:
@@ -137,7 +151,7 @@ class FeatureCapture:
         return features
 
     def remove(self) -> None:
-        """Take the hook off the module."""
+        """Take the hook off the module. What was captured before can still be looked up."""
         self._finalizer()
 
     @staticmethod
@@ -147,6 +161,18 @@ class FeatureCapture:
         The hooks of a copy (an EMA model) do nothing, but ``torch.jit.script`` knows no hooks, and
         ``torch.export`` and ``fullgraph=True`` none that break the graph. A loss that was built on
         the model has lost its capture then, as after ``remove``.
+
+        Args:
+            model: a module, with every module inside it.
+
+        Returns:
+            The same model.
+
+        Examples:
+            >>> model = nn.Sequential(nn.Linear(6, 2))
+            >>> capture = FeatureCapture(model[0])
+            >>> len(FeatureCapture.remove_from(model)[0]._forward_hooks)
+            0
         """
         for module in model.modules():
             for hooks in _hooks(module):

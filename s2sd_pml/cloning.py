@@ -74,6 +74,9 @@ def clone_loss(loss: nn.Module, embedding_size: int) -> nn.Module:
             without parameters.
         embedding_size: the dimension that the copy is for.
 
+    Returns:
+        A new module; the loss is left as it is.
+
     Raises:
         UnsupportedLossError: if the loss has parameters that are not known here. Pass ``S2SDLoss``
             a factory ``dim -> loss`` instead of a loss, then.

@@ -1,4 +1,4 @@
-"""All errors are ``S2SDError``; their messages report the offending value and suggest a fix."""
+"""All errors are an ``S2SDError``; their messages report the offending value and suggest a fix."""
 
 from __future__ import annotations
 

@@ -66,7 +66,10 @@ def pool(features: Tensor, pooling: Pooling) -> Tensor:
     Args:
         features: (B, F) or (B, C, H, W).
         pooling: "avg" is global average pooling, "avg+max" adds global max pooling to it (a sum, as
-            in MSDFA), a callable does what it likes.
+            in MSDFA). A callable takes the features and returns (B, F).
+
+    Returns:
+        The pooled features, (B, C) or (B, F).
 
     Raises:
         BatchError: for another shape, and for "avg+max" of features that are pooled already.

@@ -14,25 +14,28 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 PAPER_HEAD_DIMS = (512, 1024, 1536, 2048)
-RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {
-        "head_dims": PAPER_HEAD_DIMS,
-        "head": ProjectionHead,
-        "distill_weight": 50.0,
-        "temperature": 1.0,
-        "feature_distill_weight": 50.0,
-        "feature_distill_delay": 1000,
-        "exclude_self": False,
-    },
-    "small-data": {
-        "head_dims": (256, 512),
-        "head": nn.Linear,
-        "distill_weight": 10.0,
-        "temperature": 0.1,
-        "feature_distill_weight": 10.0,
-        "feature_distill_delay": 100,
-        "exclude_self": True,
-    },
+PAPER: dict[str, Any] = {
+    "head_dims": PAPER_HEAD_DIMS,
+    "head": ProjectionHead,
+    "distill_weight": 50.0,
+    "temperature": 1.0,
+    "feature_distill_weight": 50.0,
+    "feature_distill_delay": 1000,
+    "exclude_self": False,
+}
+HIGH_RATE: dict[str, Any] = {
+    "head_dims": (256, 512),
+    "head": nn.Linear,
+    "distill_weight": 10.0,
+    "temperature": 0.1,
+    "feature_distill_weight": 10.0,
+    "feature_distill_delay": 100,
+    "exclude_self": True,
+}
+RECIPES = {  # by the training that they are for
+    "fine-tuning": PAPER,
+    "high-rate": HIGH_RATE,
+    "from-scratch": {**HIGH_RATE, "distill_weight": 30.0, "feature_distill_weight": 30.0},
 }
 VARIANTS = {
     "dsd": "one head, no feature distillation",
@@ -122,22 +125,103 @@ class Variants:
 
     @classmethod
     def dsd(cls, loss: Any, miner: Any = None, **kwargs: Any) -> Self:
-        """DSD: one head (of the largest published dimension, 2048), no feature distillation."""
+        """DSD: one auxiliary head, no feature distillation. The cheapest variant.
+
+            1/2 [ L(ψ) + L_1(g_1(φ)) ] + γ KL(g_1(φ) -> ψ)
+
+        Args:
+            loss: as for ``S2SDLoss``.
+            miner: as for ``S2SDLoss``.
+            **kwargs: the other arguments of ``S2SDLoss``. ``head_dims`` holds one dimension, by
+                default the largest published, 2048, or the largest of a recipe.
+
+        Raises:
+            ArgumentError: for several ``head_dims``, or a ``feature_distill_weight`` that is not 0.
+
+        Examples:
+            >>> from pytorch_metric_learning import losses
+            >>> from s2sd_pml import S2SDLoss
+            >>> S2SDLoss.dsd(losses.NTXentLoss(), feature_dim=32, head_dims=(64,)).head_dims
+            (64,)
+        """
         return cls(loss, miner, **variant_settings("dsd", kwargs))  # type: ignore[call-arg]
 
     @classmethod
     def msd(cls, loss: Any, miner: Any = None, **kwargs: Any) -> Self:
-        """MSD: several heads, no feature distillation."""
+        """MSD: several auxiliary heads, no feature distillation.
+
+            1/2 [ L(ψ) + mean_i L_i(g_i(φ)) ] + γ mean_i KL(g_i(φ) -> ψ)
+
+        For features that are no good teacher, such as those of a frozen trunk of another task.
+
+        Args:
+            loss: as for ``S2SDLoss``.
+            miner: as for ``S2SDLoss``.
+            **kwargs: the other arguments of ``S2SDLoss``.
+
+        Raises:
+            ArgumentError: for no ``head_dims``, or a ``feature_distill_weight`` that is not 0.
+
+        Examples:
+            >>> from pytorch_metric_learning import losses
+            >>> from s2sd_pml import S2SDLoss
+            >>> S2SDLoss.msd(losses.NTXentLoss(), feature_dim=32).feature_distill_weight
+            0.0
+        """
         return cls(loss, miner, **variant_settings("msd", kwargs))  # type: ignore[call-arg]
 
     @classmethod
     def msdf(cls, loss: Any, miner: Any = None, **kwargs: Any) -> Self:
-        """MSDF: several heads and, from step ``feature_distill_delay`` on, feature distillation."""
+        """MSDF: several auxiliary heads and feature distillation. ``S2SDLoss(...)`` is the same.
+
+            1/2 [ L(ψ) + mean_i L_i(g_i(φ)) ] + γ mean_i KL(g_i(φ) -> ψ) + γ_f KL(φ -> ψ)
+
+        The last term is in force from training step ``feature_distill_delay`` on.
+
+        Args:
+            loss: as for ``S2SDLoss``.
+            miner: as for ``S2SDLoss``.
+            **kwargs: the other arguments of ``S2SDLoss``.
+
+        Raises:
+            ArgumentError: for no ``head_dims``, ``feature_distill_weight=0`` or
+                ``pooling="avg+max"``.
+
+        Examples:
+            >>> from pytorch_metric_learning import losses
+            >>> from s2sd_pml import S2SDLoss
+            >>> S2SDLoss.msdf(losses.NTXentLoss(), feature_dim=32).feature_distill_delay
+            1000
+        """
         return cls(loss, miner, **variant_settings("msdf", kwargs))  # type: ignore[call-arg]
 
     @classmethod
     def msdfa(cls, loss: Any, miner: Any = None, **kwargs: Any) -> Self:
-        """MSDFA: MSDF on the sum of average- and max-pooled feature maps."""
+        """MSDFA: MSDF on average plus max pooling of the feature map M.
+
+            φ = avg(M) + max(M), for the heads and as the feature teacher
+
+        It needs the map: name the ``trunk``, an aggregation layer as ``embedder``, or pass
+        ``features=`` of shape (B, C, H, W).
+
+        Args:
+            loss: as for ``S2SDLoss``.
+            miner: as for ``S2SDLoss``.
+            **kwargs: the other arguments of ``S2SDLoss``. ``feature_dim`` is the number of channels
+                of the map.
+
+        Raises:
+            ArgumentError: for another ``pooling``, no ``head_dims``, or
+                ``feature_distill_weight=0``.
+
+        Examples:
+            >>> import torch
+            >>> from pytorch_metric_learning import losses
+            >>> from s2sd_pml import S2SDLoss
+            >>> trunk = torch.nn.Conv2d(3, 32, 3)
+            >>> S2SDLoss.msdfa(losses.NTXentLoss(), trunk=trunk, feature_dim=32).pooling
+            'avg+max'
+        """
         return cls(loss, miner, **variant_settings("msdfa", kwargs))  # type: ignore[call-arg]
 
     @staticmethod
@@ -151,11 +235,16 @@ class Variants:
         of all flags of a run.
 
         Args:
-            name: "paper", the defaults: weights of 50 at T = 1, for some 8,000 steps at a learning
-                rate of 1e-5. Or "small-data", for some hundred steps at a higher one: weights of 10
-                at T = 0.1 without the diagonal, so that near neighbours teach, and smaller heads,
-                of one layer. What it was chosen by, and what it gains, is measured in the
-                documentation.
+            name: the training that they are for.
+
+                - "fine-tuning": a pretrained trunk and a small learning rate, 1e-5 to 3e-5. The
+                  paper's settings, which are the defaults.
+                - "high-rate": a pretrained trunk and some hundred steps at 1e-4 or more. Weights of
+                  10 at T = 0.1 without the diagonal, so that near neighbours teach; smaller heads,
+                  of one layer.
+                - "from-scratch": a trunk that is not pretrained. The same with weights of 30.
+
+                What they were chosen by, and what they gain, is measured in the documentation.
 
         Returns:
             ``head_dims``, ``head``, ``distill_weight``, ``temperature``,
@@ -167,7 +256,7 @@ class Variants:
         Examples:
             >>> from pytorch_metric_learning import losses
             >>> from s2sd_pml import S2SDLoss
-            >>> settings = S2SDLoss.recipe("small-data")
+            >>> settings = S2SDLoss.recipe("high-rate")
             >>> settings["temperature"], settings["exclude_self"]
             (0.1, True)
             >>> loss_func = S2SDLoss(losses.NTXentLoss(), feature_dim=32, **settings)

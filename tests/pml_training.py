@@ -1,4 +1,4 @@
-"""Train a PML loss inside S2SDLoss, beside plain PML as the twin of its base branch."""
+"""Train a PML loss inside S2SDLoss, with plain PML as the twin of its base branch."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def name(request):
         module = NEEDS[request.param]
         try:
             __import__(module)
-        except (ImportError, RuntimeError) as error:  # a torchvision beside another torch
+        except (ImportError, RuntimeError) as error:  # a torchvision for another torch
             pytest.skip(f"needs {module}: {error}")
     return request.param
 
@@ -124,7 +124,7 @@ def test_weights_come_from_a_file(tmp_path):
         make("cnn", weights=tmp_path / "none.pt")
 
 
-def test_a_backbone_that_is_nowhere_is_told(capsys, tmp_path, monkeypatch):
+def test_a_backbone_that_is_nowhere_is_reported(capsys, tmp_path, monkeypatch):
     def refused(*flags):
         with pytest.raises(SystemExit):
             train.main(["--output", str(tmp_path), *flags])

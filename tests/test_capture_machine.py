@@ -1,6 +1,6 @@
 """Whatever is done to embeddings, in whatever order: their features are right, or refused.
 
-A plain model stands beside the capture: for every tensor alive it knows the features of each of
+A plain model runs along with the capture: for every tensor alive it knows the features of each of
 its rows, or that there are none.
 """
 

@@ -21,7 +21,7 @@ def test_it_writes_a_row_for_every_embedder(tmp_path, capsys, monkeypatch):
     assert [r["method"] for r in rows if r not in jointly] == kinds * 4
     assert [(r["size"], r["seed"]) for r in jointly] == [("8", "0"), ("8", "1")]
     assert {(r["size"], r["seed"]) for r in rows} == {(d, s) for d in "48" for s in "01"}
-    assert {r["dims"] for r in rows} == {"[24, 32]"}  # the configuration is beside the numbers
+    assert {r["dims"] for r in rows} == {"[24, 32]"}  # the configuration is next to the numbers
     teachers = {(r["seed"], r["Recall@1"]) for r in rows if r["method"] == "heads"}
     assert len(teachers) == 2  # one a seed, whatever the size
     assert (tmp_path / "ceiling.md").read_text() in capsys.readouterr().out

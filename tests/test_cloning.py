@@ -100,10 +100,10 @@ def test_cross_batch_memory_is_cloned_with_an_empty_queue_and_its_inner_parts():
 
 
 def test_multiple_losses_are_cloned_recursively():
-    nested = losses.MultipleLosses(
+    several = losses.MultipleLosses(
         {"a": losses.CrossBatchMemory(losses.NTXentLoss(), SIZE), "b": losses.ArcFaceLoss(6, SIZE)}
     )
-    clone = clone_loss(nested, 20)
+    clone = clone_loss(several, 20)
     assert clone.losses["a"].embedding_size == 20
     assert clone.losses["b"].W.shape == (20, 6)
 

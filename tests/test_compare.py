@@ -76,7 +76,7 @@ def test_embedders_fitted_anew_share_the_training_of_their_trunk(tmp_path):
         "base, refitted embedder",
         "heads, no KL",
         "heads, refitted embedder",
-        "MSDF, small-data, refitted embedder",
+        "MSDF, high-rate, refitted embedder",
     ]
     flags = [
         "--output",
@@ -101,7 +101,7 @@ def test_embedders_fitted_anew_share_the_training_of_their_trunk(tmp_path):
     found = {r["method"]: r for r in rows(tmp_path)}
     assert list(found) == [*methods, "own, refitted embedder"]
     assert len({r["MAP@R"] for r in found.values()}) == len(found)
-    recipe = S2SDLoss.recipe("small-data")
+    recipe = S2SDLoss.recipe("high-rate")
     for name in methods[2:]:  # the KL is the recipe's, in force at the end or throughout
         assert float(found[name]["refit_weight"]) == recipe["distill_weight"]
         assert float(found[name]["temperature"]) == recipe["temperature"]
@@ -112,9 +112,9 @@ def test_embedders_fitted_anew_share_the_training_of_their_trunk(tmp_path):
 
 @pytest.mark.parametrize("variant", ["msdf", "msdfa"])
 def test_the_recipe_of_the_library_is_in_the_grid(variant):
-    flags = compare.METHODS[f"{variant.upper()}, small-data"].flags.split()
+    flags = compare.METHODS[f"{variant.upper()}, high-rate"].flags.split()
     args = options.parse(options.parser(), flags)
-    recipe = S2SDLoss.recipe("small-data")
+    recipe = S2SDLoss.recipe("high-rate")
     assert tuple(args.dims) == recipe.pop("head_dims")
     assert (recipe.pop("head") is torch.nn.Linear) == args.linear_heads
     assert {name: getattr(args, name) for name in recipe} == recipe

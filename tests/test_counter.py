@@ -64,28 +64,28 @@ def test_a_setter_moves_the_start_of_feature_distillation():
         assert loss_func.step == step + 1
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_the_step_is_saved_as_a_tensor(nested):
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_step_is_saved_as_a_tensor(inside):
     saved, fresh = Run(), Run()
     train(saved.criterion, 3)
-    saved, fresh = (run if nested else run.criterion for run in (saved, fresh))
+    saved, fresh = (run if inside else run.criterion for run in (saved, fresh))
     state = saved.state_dict()
     assert all(isinstance(value, torch.Tensor) for value in state.values())  # for safetensors
-    key = f"criterion.{KEY}" if nested else KEY
+    key = f"criterion.{KEY}" if inside else KEY
     assert (state[key].item(), state[key].dtype) == (3, torch.int64)
     assert not [k for k in state if "_compiled" in k]
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
     fresh.load_state_dict(torch.load(file, weights_only=True))
-    assert (fresh.criterion if nested else fresh).step == 3
+    assert (fresh.criterion if inside else fresh).step == 3
 
 
 @pytest.mark.parametrize("step", [torch.tensor(7), torch.tensor([7]), torch.tensor(7.0), 7])
-@pytest.mark.parametrize("nested", [False, True])
-def test_former_checkpoints_with_a_buffer_load(nested, step):
+@pytest.mark.parametrize("inside", [False, True])
+def test_former_checkpoints_with_a_buffer_load(inside, step):
     run = Run()
-    module, prefix = (run, "criterion.") if nested else (run.criterion, "")
+    module, prefix = (run, "criterion.") if inside else (run.criterion, "")
     state = module.state_dict()
     del state[f"{prefix}{KEY}"]
     state[f"{prefix}step"] = step

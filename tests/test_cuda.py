@@ -41,8 +41,8 @@ CASES = {
 BEYOND = {"matryoshka_dims": (2, 4), "teacher_weight": 3.0}
 SETTINGS = {
     "paper": {},
-    "small-data": {
-        **S2SDLoss.recipe("small-data"),
+    "high-rate": {
+        **S2SDLoss.recipe("high-rate"),
         "head_dims": (8, 9),
         "feature_distill_delay": 0,
     },
@@ -325,12 +325,12 @@ def test_the_step_can_be_captured_in_a_cuda_graph(case, beyond):
     teacher = torch.randn(24, 7, device=GPU)
     given = {"teachers": {"t": teacher}} if beyond else {}
     trained = [embeddings, features, *loss_func.parameters()]
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
+    side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):
         for _ in range(3):  # as PyTorch asks for before a capture
             step_of(loss_func, embeddings, features, y, **given)
-    torch.cuda.current_stream().wait_stream(beside)
+    torch.cuda.current_stream().wait_stream(side_stream)
     for p in trained:
         p.grad = None
     graph = torch.cuda.CUDAGraph()

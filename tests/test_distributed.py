@@ -25,7 +25,7 @@ CASES = {
 
 
 class MeanOfProducts(torch.nn.Module):
-    """A loss of one's own, without labels or parameters."""
+    """A custom loss, without labels or parameters."""
 
     def forward(self, embeddings):
         return (embeddings @ embeddings.T).mean()
@@ -156,7 +156,7 @@ def test_heads_that_are_trained_apart_give_a_warning():
     on_ranks(unwrapped_rank, 2)
 
 
-def test_a_fingerprint_tells_a_bit_and_no_order_of_summation():
+def test_a_fingerprint_detects_a_bit_and_no_order_of_summation():
     kinds = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.complex128]
     parts = [torch.randn(400).mul(30).to(kind) * 10 ** (k % 3) for k, kind in enumerate(kinds)]
     known = distributed.fingerprint(parts)

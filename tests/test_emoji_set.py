@@ -57,7 +57,7 @@ def pack(cache, monkeypatch):
 
 @pytest.fixture
 def pack_all(pack):
-    """Writes five sets: the common names, more of one's own, and each drawing different."""
+    """Writes five sets: the common names, more names for some, and each drawing different."""
 
     def write(**more):
         for i, family in enumerate(SETS):

@@ -132,7 +132,7 @@ def test_only_the_model_is_put_back_to_train(name, before, caught):
     assert warning.filename == __file__
 
 
-def test_it_is_seen_beside_the_steps_of_another_model(caught):
+def test_it_is_seen_among_the_steps_of_another_model(caught):
     model, loss_func = make()
     other = torch.nn.Linear(2, 2)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (other, model)]

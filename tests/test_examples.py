@@ -101,7 +101,7 @@ def test_two_ranks_give_what_one_process_gives_and_speak_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_of_one_rank_ends_all_and_is_told(tmp_path):
+def test_an_error_of_one_rank_ends_all_and_is_reported(tmp_path):
     script = tmp_path / "fail.py"
     script.write_text(
         "import train\nfrom trainer import ranks, report\n"

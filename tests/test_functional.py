@@ -119,6 +119,19 @@ def test_parts_of_the_rows_make_up_the_whole(cuts, exclude_self, chunk_size):
         torch.testing.assert_close(a, b, **EXACT)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_of_several_students_it_is_the_mean(dtype, exclude_self, chunk_size):
+    student, teachers = batch(9, 4, 6, dtype=dtype)
+    students = [student[:, :k] for k in (5, 1, 3)]
+    options = (0.5, exclude_self, chunk_size)
+    found = rows_kl(students, teachers, (2, 9), *options)
+    want = torch.stack([rows_kl([s], teachers, (2, 9), *options) for s in students]).mean(dim=0)
+    torch.testing.assert_close(found, want)
+    assert torch.isfinite(found).all()
+
+
 def test_a_part_of_the_rows_is_their_own_mean():
     student, teachers = batch(6, 4)
     rows = [rows_kl([student], teachers, (i, i + 1), 1.0, False, None) for i in range(6)]

@@ -158,7 +158,7 @@ def bad_table(tmp_path, row):
     return path
 
 
-def test_what_is_wrong_with_the_images_is_told(tmp_path, capsys):
+def test_what_is_wrong_with_the_images_is_reported(tmp_path, capsys):
     def refused(*flags):
         with pytest.raises(SystemExit):
             train.main(["--quiet", "--output", str(tmp_path / "out"), *map(str, flags)])
@@ -234,7 +234,7 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path):
         read_as(tmp_path, Image.fromarray(np.ones((16, 16), np.float32)), "float.tiff")
 
 
-def test_classes_in_both_parts_and_few_images_are_told_and_borne(tmp_path):
+def test_classes_in_both_parts_and_few_images_are_reported_and_accepted(tmp_path):
     for part in ("train", "test"):
         folder(tmp_path / "tree" / part)
     for label in list((tmp_path / "tree" / "test").iterdir())[3:]:

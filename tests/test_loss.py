@@ -215,7 +215,7 @@ def test_a_given_indices_tuple_serves_every_branch_without_a_miner():
     assert not torch.isclose(got, loss_func(model(x), labels()))
 
 
-def test_a_given_indices_tuple_serves_only_the_base_branch_beside_a_miner():
+def test_a_given_indices_tuple_serves_only_the_base_branch_with_a_miner():
     model, loss_func = make()
     x = images(dtype=torch.float64)
     given = miners.BatchHardMiner()(model(x), labels())

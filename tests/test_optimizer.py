@@ -301,7 +301,7 @@ def test_a_model_that_no_optimizer_steps_is_silent():
     assert loss_func._guard._done
 
 
-def test_heads_that_wait_beside_a_custom_optimizer_of_the_model_are_silent():
+def test_heads_that_wait_with_a_custom_optimizer_of_the_model_are_silent():
     model, loss_func = make()
     heads = torch.optim.SGD(loss_func.parameters(), lr=0.1)
     together = Together(Custom(model.parameters()), every=10, rare=(heads,))
@@ -326,7 +326,7 @@ def test_an_optimizer_of_the_heads_that_never_steps_warns_later():
     assert heads.param_groups
 
 
-def test_a_head_in_no_optimizer_is_named_beside_one_that_waits():
+def test_a_head_in_no_optimizer_is_named_with_one_that_waits():
     model, loss_func = make()
     heads = torch.optim.SGD(loss_func.branches["head_8"].head.parameters(), lr=0.1)
     (caught,) = run(model, loss_func, torch.optim.SGD(model.parameters(), lr=0.1))

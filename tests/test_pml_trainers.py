@@ -57,7 +57,7 @@ def test_a_frozen_metric_loss_is_in_eval_and_distils_nothing(name):
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_a_missing_optimizer_of_the_loss_is_told(name):
+def test_a_missing_optimizer_of_the_loss_is_reported(name):
     trainer, _ = make_trainer(name, loss_optimizer=False)
     with pytest.warns(OptimizerWarning, match="metric_loss_optimizer"):
         trainer.train(num_epochs=2)
@@ -72,7 +72,7 @@ def test_deep_adversarial_metric_learning_never_steps_the_loss():
     assert not any(moved(ours["metric_loss"], before))
 
 
-def test_deep_adversarial_metric_learning_steps_heads_beside_the_embedder():
+def test_deep_adversarial_metric_learning_steps_heads_with_the_embedder():
     trainer, ours = make_trainer("DeepAdversarialMetricLearning", loss_optimizer=False)
     for loss_func in ours.values():
         loss_func.add_to(trainer.optimizers["embedder_optimizer"])

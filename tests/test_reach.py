@@ -110,7 +110,7 @@ def test_a_run_with_another_reach(tmp_path):
 
 
 @pytest.mark.parametrize("way", reach.WAYS[1:])
-def test_the_terms_are_told(way):
+def test_the_terms_are_stated(way):
     torch.manual_seed(0)
     embedder, x, labels = nn.Linear(10, 4), torch.randn(12, 10), torch.arange(12) // 3
     papers = S2SDLoss(losses.ContrastiveLoss(), embedder=embedder, **SETTINGS)

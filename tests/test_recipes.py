@@ -16,14 +16,14 @@ LOSS = losses.NTXentLoss()
 
 def test_the_papers_are_the_defaults():
     defaults = {k: p.default for k, p in inspect.signature(S2SDLoss).parameters.items()}
-    paper = S2SDLoss.recipe("paper")
+    paper = S2SDLoss.recipe("fine-tuning")
     assert paper == {name: defaults[name] for name in paper}
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_a_recipe_names_every_setting_of_distillation_and_trains(name):
     settings = S2SDLoss.recipe(name)
-    assert set(settings) == set(S2SDLoss.recipe("paper"))
+    assert set(settings) == set(S2SDLoss.recipe("fine-tuning"))
     model = Model()
     loss_func = S2SDLoss(LOSS, embedder=model.embedder, **settings)
     kind = settings.pop("head")
@@ -37,14 +37,15 @@ def test_a_recipe_names_every_setting_of_distillation_and_trains(name):
 
 
 def test_a_recipe_can_be_changed_without_changing_the_next():
-    S2SDLoss.recipe("small-data")["distill_weight"] = 1
-    assert S2SDLoss.recipe("small-data")["distill_weight"] == 10
+    S2SDLoss.recipe("high-rate")["distill_weight"] = 1
+    assert S2SDLoss.recipe("high-rate")["distill_weight"] == 10
 
 
 def test_an_unknown_recipe_is_refused_with_those_that_exist():
-    with pytest.raises(errors.ArgumentError, match="'big-data' is none of 'paper', 'small-data'"):
+    listed = "'fine-tuning', 'high-rate', 'from-scratch'"
+    with pytest.raises(errors.ArgumentError, match=f"'big-data' is none of {listed}"):
         S2SDLoss.recipe("big-data")
-    for name in ("paper", "small-data"):
+    for name in ("fine-tuning", "high-rate", "from-scratch"):
         S2SDLoss.recipe(name)
 
 
@@ -77,7 +78,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("variant", recipes.VARIANTS)
 def test_a_changed_recipe_fits_too(variant, change):
-    recipe = dict(S2SDLoss.recipe("small-data"), **CHANGES[change])
+    recipe = dict(S2SDLoss.recipe("high-rate"), **CHANGES[change])
     loss_func = getattr(S2SDLoss, variant)(LOSS, feature_dim=20, **recipe)
     for key, value in CHANGES[change].items():
         assert getattr(loss_func, key) == value
@@ -98,7 +99,7 @@ CONTRADICTIONS = [
 ]
 
 
-@pytest.mark.parametrize("start", ["nothing", "small-data", "paper"])
+@pytest.mark.parametrize("start", ["nothing", "high-rate", "fine-tuning"])
 @pytest.mark.parametrize(("variant", "given", "instead"), CONTRADICTIONS)
 def test_a_contradiction_is_refused_from_a_recipe_or_not(variant, given, instead, start):
     settings = dict(S2SDLoss.recipe(start)) if start != "nothing" else {}
@@ -114,7 +115,7 @@ def test_a_contradiction_is_refused_from_a_recipe_or_not(variant, given, instead
 
 
 def test_a_computed_weight_counts_as_given_by_hand():
-    recipe = S2SDLoss.recipe("small-data")
+    recipe = S2SDLoss.recipe("high-rate")
     recipe["feature_distill_weight"] *= 2
     with pytest.raises(errors.ArgumentError, match="feature_distill_weight=20.0 contradicts MSD"):
         S2SDLoss.msd(LOSS, feature_dim=20, **recipe)
@@ -132,7 +133,7 @@ def test_what_agrees_with_the_name_is_taken():
 
 def test_a_variant_is_the_one_of_its_name_in_training():
     model = Model()
-    settings = {**S2SDLoss.recipe("small-data"), "feature_distill_delay": 0}
+    settings = {**S2SDLoss.recipe("high-rate"), "feature_distill_delay": 0}
     for variant, distils in [("dsd", False), ("msd", False), ("msdf", True), ("msdfa", True)]:
         loss_func = getattr(S2SDLoss, variant)(
             LOSS, trunk=model.trunk, feature_dim=F_DIM, **settings

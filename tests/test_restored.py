@@ -127,7 +127,7 @@ def test_accumulated_forwards_before_the_first_step(kind):
 
 
 def test_a_learning_rate_finder_that_resets_model_and_optimizer():
-    """The lines of docs/optimizer.md: heads and step are as before the range test."""
+    """The lines of docs/deploy.md: heads and step are as before the range test."""
     model, loss_func, (adam,) = new(torch.optim.Adam)
     run_states = [copy.deepcopy(part.state_dict()) for part in (model, loss_func, adam)]
     run(model, loss_func, [adam])

@@ -192,13 +192,13 @@ def refused(capsys, folder, *flags):
 def test_what_cannot_be_resumed_is_refused_before_training(uninterrupted, tmp_path, capsys):
     before, newest = stopped(uninterrupted, tmp_path)
     assert "add --resume, or use another --output" in refused(capsys, tmp_path)
-    told = refused(capsys, tmp_path, "--resume", "--distill-weight", "3")
-    assert "weight was 10.0 and is 3.0" in told
+    message = refused(capsys, tmp_path, "--resume", "--distill-weight", "3")
+    assert "weight was 10.0 and is 3.0" in message
     for file in (before, newest):
         cut(file)
-    told = refused(capsys, tmp_path, "--resume")
-    assert "None of" in told
-    assert before.name in told
+    message = refused(capsys, tmp_path, "--resume")
+    assert "None of" in message
+    assert before.name in message
 
 
 def test_resuming_an_empty_folder_starts_anew(uninterrupted, tmp_path):
@@ -222,7 +222,7 @@ def test_the_exported_model_is_the_trained_one_without_heads(uninterrupted, tmp_
         checkpoint.read(tmp_path / "out" / "model.pt", checkpoint.KIND)
 
 
-# ---- a loop of one's own, with nothing but PyTorch and os.replace
+# ---- a custom loop, with nothing but PyTorch and os.replace
 
 
 def loop(path, steps, die_at=None, loss=None):
@@ -282,7 +282,7 @@ def killed(path, make):
 @pytest.mark.parametrize(
     "make", [None, pytest.param(memory, marks=pytest.mark.slow)], ids=["proxies", "memory"]
 )
-def test_a_loop_of_ones_own_killed_while_it_saves_and_resumed(tmp_path, make):
+def test_a_custom_loop_killed_while_it_saves_and_resumed(tmp_path, make):
     whole = loop(tmp_path / "whole.pt", 6, loss=make and make())
     process = mp.get_context("spawn").Process(target=killed, args=(tmp_path / "cut.pt", make))
     process.start()

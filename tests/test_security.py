@@ -18,7 +18,7 @@ UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal
 # Round trips of what the test itself pickled.
 MAY_PICKLE = {
     f"tests/test_{name}.py"
-    for name in ("capture", "counter", "loss", "optimizer", "recipes", "wrapper")
+    for name in "capture counter loss matryoshka optimizer recipes teachers wrapper".split()
 }
 
 

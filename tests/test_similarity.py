@@ -112,3 +112,11 @@ def test_teachers_are_the_other_spaces_in_order_detached(others):
     torch.testing.assert_close(found.spaces, torch.stack([plain(x) for x in given]))
     torch.testing.assert_close(found.teachers, torch.stack([plain(x) for x in given[1:] + more]))
     assert not found.teachers.requires_grad
+
+
+def test_students_come_before_the_heads_who_teach():
+    given = spaces(5, 2, 9, 4)
+    found = similarities(given, [], students=2)
+    torch.testing.assert_close(found.students, torch.stack([plain(x) for x in given[:2]]))
+    torch.testing.assert_close(found.teachers, torch.stack([plain(x) for x in given[2:]]))
+    assert len(found.spaces) == 4

@@ -1,22 +1,19 @@
 """Outside teachers: the equation, what a call may pass, and everything that must work with them."""
 
 import copy
-import functools
 import io
 import warnings
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers import F_DIM, B, D, Model, images, labels, plain_kl, plain_s2sd
+from helpers import F_DIM, B, D, labels, plain_kl, plain_s2sd
 from hypothesis import given, settings
-from processes import on_ranks
 from pytorch_metric_learning import losses, miners
 from test_loss_step import reads
-from torch.nn.parallel import DistributedDataParallel
 
 from s2sd_pml import S2SDLoss
-from s2sd_pml.errors import ArgumentError, BatchError, DistributedError, S2SDWarning
+from s2sd_pml.errors import ArgumentError, BatchError, S2SDWarning
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 Y = labels()
@@ -126,7 +123,7 @@ def test_every_variant_takes_them(variant):
         feature_dim=F_DIM,
         teacher_weight={"t": 2.0},
         matryoshka_dims=(2,),
-        **{**S2SDLoss.recipe("small-data"), "exclude_self": False},
+        **{**S2SDLoss.recipe("high-rate"), "exclude_self": False},
     )
     φ = maps if variant == "msdfa" else maps.mean(dim=(2, 3))
     loss_func(torch.randn(B, D, requires_grad=True), Y, features=φ, teachers={"t": teacher()})
@@ -348,81 +345,3 @@ def test_compiled_in_one_graph_it_is_the_same(weight, chunk_size):
         torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
         assert (found[0][1]["feature_distill"] > 0) == (step > 0)
     assert counter.frame_count == 1
-
-
-PLANS = {
-    "even": ({"weight": 5.0}, (12, 12)),
-    "uneven, chunks": ({"weight": {"t": 5.0, "u": 1.0}, "chunk_size": 3}, (16, 8)),
-    "prefixes": ({"weight": 5.0, "matryoshka_dims": (2, 4), "exclude_self": True}, (12, 12)),
-    "prefixes, chunks": ({"weight": 5.0, "matryoshka_dims": (2,), "chunk_size": 5}, (8, 16)),
-    "no heads": ({"weight": 5.0, "head_dims": (), "feature_distill_weight": 0}, (12, 12)),
-}
-
-
-def two_steps(settings, parts, rank, wrap, gather):
-    torch.manual_seed(1)
-    model = Model()
-    kwargs = {"head_dims": (8, 10), "feature_distill_delay": 1, "distill_weight": 5.0, **settings}
-    loss_func = S2SDLoss(
-        losses.ProxyAnchorLoss(6, D),
-        embedder=model.embedder,
-        teacher_weight=kwargs.pop("weight"),
-        gather_distributed=gather,
-        **kwargs,
-    )
-    optimizer = torch.optim.SGD([*model.parameters(), *loss_func.parameters()], lr=0.1)
-    trained, objective = wrap(model), wrap(loss_func)
-    start, rows = sum(parts[:rank]), sum(parts)
-    own = slice(start, start + parts[rank])
-    for _ in range(2):
-        x = images(rows)
-        teachers = {"t": torch.randn(rows, 7), "u": torch.randn(rows, 3).half()}
-        optimizer.zero_grad()
-        of_rank = {name: t[own] for name, t in teachers.items()}
-        value = objective(trained(x[own]), labels(rows)[own], teachers=of_rank)
-        value.backward()
-        optimizer.step()
-    record = {"value": value.detach(), **loss_func.components}
-    named = [*model.named_parameters(), *loss_func.named_parameters()]
-    return record | {f"grad {n}": p.grad for n, p in named}
-
-
-def train_rank(rank):
-    record = {}
-    for plan, (settings_, parts) in PLANS.items():
-        found = two_steps(settings_, parts, rank, DistributedDataParallel, True)
-        record |= {f"{plan}/{key}": value for key, value in found.items()}
-    return record
-
-
-def test_two_ranks_equal_one_process_with_the_whole_batch():
-    ranks = on_ranks(train_rank, 2)
-    for plan, (settings_, parts) in PLANS.items():
-        want = two_steps(settings_, [sum(parts)], 0, lambda module: module, False)
-        for rank in ranks:
-            for key, value in want.items():
-                found = torch.from_numpy(rank[f"{plan}/{key}"])
-                where = functools.partial("{} {}: {}".format, plan, key)
-                torch.testing.assert_close(found, value, rtol=1e-4, atol=2e-6, msg=where)
-
-
-def disagree_rank(rank):
-    loss_func = make(gather_distributed=True).float()
-    ψ, φ = batch(torch.float32)
-    mine = rank == 1
-
-    def call(here, there, teachers):
-        with pytest.raises(DistributedError if not mine else (BatchError, DistributedError)) as e:
-            loss_func(ψ, Y, features=φ, teachers=teachers)
-        assert (here if mine else there) in str(e.value)
-
-    call("has 23 rows", "rank 1 of 2 refused", {"t": teacher(rows=B - mine)})
-    call("no teachers", "rank 1 of 2 refused", None if mine else {"t": teacher()})
-    names = "names and widths of the outside teachers"
-    call(names, names, {"u" if mine else "t": teacher()})
-    call(names, names, {"v" if mine else "t": teacher(3 if mine else 7)})
-    return {}
-
-
-def test_what_one_rank_refuses_all_refuse():
-    on_ranks(disagree_rank, 2)

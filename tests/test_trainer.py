@@ -459,20 +459,24 @@ def test_the_configuration_of_a_variant_without_features_repeats_too(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        ("--teacher lite2 --baseline-only", "--teacher is for the S2SD run"),
         ("--cut 600", "--cut 600 is more than --embedding-size 16"),
         ("--image-size 64", "--image-size 64: icons400 has 32"),
         ("--ramp 5 5", "--ramp 5 5: the second step must be the later one"),
         ("--lr-gamma 0.1", "--lr-gamma is for --schedule multistep"),
         ("--milestones 3", "--schedule multistep and --milestones EPOCH ... go together"),
         ("--validation --choose-epoch", "give one"),
-        ("--teacher lite2 --baseline-only", "--teacher is for the S2SD run"),
+        (
+            "--teacher none.pt",
+            "--teacher none.pt is no file of --export and no pretrained backbone",
+        ),
         ("--weights none.pt", "--weights none.pt does not exist"),
         ("--device nonsense", "--device nonsense: Expected one of"),
         ("--workers -1", "'-1' is not a whole number"),
         ("--seed -1", "'-1' is not a whole number"),
         ("--ema 1.5", "1.5 is not between 0 and 1"),
         ("--validation --validation-share 0.001", "leaves 200 to train and 0 to choose by"),
-        ("--matryoshka-dims 16", "--matryoshka-dims 16 is no prefix of --embedding-size 16"),
+        ("--matryoshka-dims 16", "--matryoshka-dims 16 is not below --embedding-size 16"),
     ],
 )
 def test_flags_that_would_do_nothing_or_fail_later_are_refused(tmp_path, capsys, flags, words):
@@ -493,7 +497,7 @@ def test_flags_that_would_do_nothing_or_fail_later_are_refused(tmp_path, capsys,
         ("recipe: cub-r50-128-msim", "a file of settings cannot bring in another"),
     ],
 )
-def test_a_bad_file_of_settings_is_told(tmp_path, capsys, text, words):
+def test_a_bad_file_of_settings_is_reported(tmp_path, capsys, text, words):
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     with pytest.raises(SystemExit):
@@ -501,7 +505,7 @@ def test_a_bad_file_of_settings_is_told(tmp_path, capsys, text, words):
     assert words in capsys.readouterr().err
 
 
-def test_an_unknown_recipe_is_told_with_those_there_are(capsys):
+def test_an_unknown_recipe_is_reported_with_those_there_are(capsys):
     with pytest.raises(SystemExit):
         options.parse(options.parser(), ["--recipe", "cub-r50"])
     assert "'cub-r50' is none of cars-ibn-512-msim, " in capsys.readouterr().err
@@ -605,7 +609,7 @@ def test_the_recipes_are_the_authors_sample_runs(name, row):
 
 
 def test_the_recipe_of_short_training_is_that_of_the_library():
-    args, recipe = parsed("--recipe", "small-data"), S2SDLoss.recipe("small-data")
+    args, recipe = parsed("--recipe", "high-rate"), S2SDLoss.recipe("high-rate")
     assert tuple(args.dims) == recipe.pop("head_dims")
     assert (recipe.pop("head") is torch.nn.Linear) == args.linear_heads
     assert {key: getattr(args, key) for key in recipe} == recipe
@@ -630,3 +634,35 @@ def test_a_folder_gets_one_pass_over_its_images_an_epoch(tmp_path):
 
 def parsed_without_steps(*flags):
     return options.parse(options.parser(), list(flags))
+
+
+def test_prefixes_have_a_row_a_size_in_both_runs(tmp_path, capsys):
+    train.main([*SMALL, "--matryoshka-dims", "4", "8", "--no-report", "--output", str(tmp_path)])
+    lines = {
+        line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines()[2:-2]
+    }
+    for size in (4, 8):
+        _, _, base, s2sd, difference, *_ = lines[f"Recall@1, first {size}"].split("|")
+        assert float(difference) == pytest.approx(float(s2sd) - float(base), abs=0.11)
+        assert 0 < float(s2sd) < float(lines["Recall@1"].split("|")[3]) + 5
+
+
+def test_an_outside_teacher_teaches_with_and_without_heads(tmp_path):
+    model = tmp_path / "model.pt"
+    train.main(
+        [
+            *SMALL,
+            "--baseline-only",
+            "--no-report",
+            "--export",
+            str(model),
+            "--output",
+            str(tmp_path / "a"),
+        ]
+    )
+    for flags in ([], ["--dims", "--feature-distill-weight", "0"]):
+        output = tmp_path / f"b{len(flags)}"
+        teaching = ["--teacher", str(model), "--teacher-weight", "7", "--output", str(output)]
+        train.main([*SMALL, "--s2sd-only", "--no-report", *teaching, *flags])
+        config = json.loads((output / "config.json").read_text())
+        assert (config["teacher"], config["teacher_weight"]) == (str(model), 7)

@@ -70,7 +70,7 @@ def test_gradient_accumulation_is_the_sum_of_the_parts():
     assert parts[1].step == 2
 
 
-def test_an_ema_copy_evaluates_beside_the_training_model():
+def test_an_ema_copy_evaluates_with_the_training_model():
     (model, loss_func), x = make(), images()
     ema = torch.optim.swa_utils.AveragedModel(model)
     embeddings = model(x)

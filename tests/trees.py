@@ -13,7 +13,7 @@ PER_CLASS = 3
 
 
 def draw(path: Path, label: int, number: int) -> None:
-    """An image that its class can be told by; every fourth is in grey, which data sets have."""
+    """An image that shows its class; every fourth is in grey, as in real data sets."""
     random = np.random.RandomState(1000 * label + number)
     colour = np.random.RandomState(label).randint(30, 225, 3)
     height, width = random.randint(24, 60, 2)

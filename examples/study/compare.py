@@ -60,7 +60,7 @@ class Method(NamedTuple):
     teacher: str = ""  # the flags of what must be trained before
 
 
-RECIPE = S2SDLoss.recipe("small-data")
+RECIPE = S2SDLoss.recipe("high-rate")
 SOFTMAX = (
     f"--temperature {RECIPE['temperature']} {'--exclude-self' if RECIPE['exclude_self'] else ''}"
 )
@@ -83,14 +83,14 @@ METHODS = {
     "MSD": Method("--s2sd-only --variant msd --feature-distill-weight 0"),
     "MSDF": Method("--s2sd-only --variant msdf"),
     "MSDFA": Method("--s2sd-only --variant msdfa"),
-    "MSDF, small-data": Method(MSDF),
-    "MSDFA, small-data": Method(MSDFA),
+    "MSDF, high-rate": Method(MSDF),
+    "MSDFA, high-rate": Method(MSDFA),
     "base, twice the steps": Method("--baseline-only --epochs {twice}", "base"),
     f"base, {REFIT}": Method("--baseline-only", f"base, {REFIT}"),
     f"MSDF, {REFIT}": Method("--s2sd-only --variant msdf", f"S2SD, {REFIT}"),
     f"heads, {REFIT}": Method(HEADS, f"S2SD, {REFIT}"),
-    f"MSDF, small-data, {REFIT}": Method(MSDF, f"S2SD, {REFIT}"),
-    f"MSDFA, small-data, {REFIT}": Method(MSDFA, f"S2SD, {REFIT}"),
+    f"MSDF, high-rate, {REFIT}": Method(MSDF, f"S2SD, {REFIT}"),
+    f"MSDFA, high-rate, {REFIT}": Method(MSDFA, f"S2SD, {REFIT}"),
     f"base {LARGE} + PCA": Method(BIG, "PCA {size}", sized=False),
     "Matryoshka": Method(
         f"--baseline-only {PREFIXES}", "base, first {size}", sized=False, largest=128
@@ -98,7 +98,7 @@ METHODS = {
     "MSDF, Matryoshka": Method(
         f"--s2sd-only --variant msdf {PREFIXES}", "S2SD, first {size}", sized=False, largest=128
     ),
-    "MSDF, small-data, Matryoshka": Method(
+    "MSDF, high-rate, Matryoshka": Method(
         f"{MSDF} {PREFIXES}", "S2SD, first {size}", sized=False, largest=128
     ),
     "MSDF and lite2": Method("--s2sd-only --variant msdf --teacher lite2"),

@@ -32,5 +32,10 @@ class Frozen(nn.Module):
 
 def teacher(name: str, device: str) -> nn.Module:
     """An outside teacher: a file of ``--export``, or a backbone with its pretrained weights."""
-    frozen = export.load(Path(name)) if Path(name).exists() else Frozen(name)
+    try:
+        frozen = export.load(Path(name)) if Path(name).exists() else Frozen(name)
+    except ValueError as error:
+        raise ValueError(
+            f"--teacher {name} is no file of --export and no pretrained backbone: {error}"
+        ) from error
     return frozen.to(device).requires_grad_(False)

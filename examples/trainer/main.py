@@ -14,6 +14,7 @@ import torch
 from s2sd_pml.errors import S2SDError
 
 from . import (
+    baselines,
     checkpoint,
     events,
     export,
@@ -98,6 +99,8 @@ def check(args: argparse.Namespace, makers: Makers) -> tuple[Split, Images | Non
     network = make_network(args, split)
     for make in makers.values():
         make(args, network, len(split.train.names))
+    if args.teacher:
+        baselines.teacher(args.teacher, args.device)
     optim.Stepper(args, torch.optim.Adam(network.parameters()), network)
     make_batches(args, split.train)
     events.check(args)

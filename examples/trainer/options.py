@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
+from s2sd_pml import S2SDLoss
+
 from . import config
 from .backbones import MAKERS
 from .flags import Parser, count, decay, key_value, positive, rate, switch
 from .image_sets import SETS
 from .reach import PAPERS, WAYS
 
-DIMS = (256, 512)
+S2SD = S2SDLoss.recipe("from-scratch")  # the defaults, for icons-400
+DIMS = tuple(S2SD["head_dims"])
 SIZES = {"icons400": 32, "emoji": 64}  # of images that have one
-FEATURE_DISTILL_WEIGHT = 10.0
 USAGE = "%(prog)s [--recipe NAME] [--config FILE] [--flag VALUE ...]"
 EPILOG = """\
 Every switch has a negation: --freeze-bn and --no-freeze-bn. Later flags win over earlier ones, and
@@ -36,21 +38,12 @@ def parser() -> argparse.ArgumentParser:
     recipes = textwrap.indent(textwrap.fill(", ".join(config.names()), 96), "  ")
     main = Parser(
         description="Train a base loss and S2SD with the same seed and budget, and compare them on "
-        "unseen classes. Defaults are in brackets.",
+        "unseen\nclasses. Defaults are in brackets.",
         usage=USAGE,
         epilog=EPILOG.format(recipes=recipes),
     )
-    for flags in (
-        _files,
-        _data,
-        _network,
-        _base_loss,
-        _s2sd,
-        _beyond,
-        _training,
-        _machine,
-        _output,
-    ):
+    groups = (_files, _data, _network, _base_loss, _s2sd, _beyond, _training, _machine, _output)
+    for flags in groups:
         flags(main)
     _study(main, shown=False)
     return main
@@ -112,32 +105,38 @@ def _s2sd(main: argparse.ArgumentParser) -> None:
     add = main.add_argument_group("S2SD").add_argument
     variants = ("dsd", "msd", "msdf", "msdfa")
     add("--variant", default="msdf", choices=variants, metavar="NAME", help=", ".join(variants))
-    dims = f"of the heads, none for no heads [{' '.join(map(str, DIMS))}; dsd: the last]"
+    dims = f"dimensions of the heads, or nothing [{' '.join(map(str, DIMS))}; dsd: the last]"
     add("--dims", type=positive, nargs="*", metavar="D", help=dims)
-    add("--linear-heads", **switch(), help="heads of one linear layer instead of two")
-    add("--temperature", type=float, default=1.0, metavar="T", help="of the softmaxes")
-    add("--distill-weight", type=float, default=10.0, metavar="γ", help="of heads, paper: 50")
-    weight = f"of features, for msdf and msdfa, paper: 50 [{FEATURE_DISTILL_WEIGHT}]"
+    add("--linear-heads", **switch(True), help="heads of two layers, as in the paper")
+    temperature = {"type": float, "default": S2SD["temperature"], "metavar": "T"}
+    add("--temperature", **temperature, help="of the softmaxes, paper: 1")
+    weight = {"type": float, "default": S2SD["distill_weight"], "metavar": "γ"}
+    add("--distill-weight", **weight, help="of heads, paper: 50")
+    weight = f"of features, for msdf and msdfa, paper: 50 [{S2SD['feature_distill_weight']}]"
     add("--feature-distill-weight", type=float, metavar="γ_f", help=weight)
     add(
         "--feature-distill-delay",
         type=count,
-        default=100,
+        default=S2SD["feature_distill_delay"],
         metavar="STEP",
         help="where feature distillation starts, paper: 1000",
     )
-    add("--exclude-self", **switch(), help="leave self-similarities out of the softmaxes")
+    add("--exclude-self", **switch(True), help="self-similarities in the softmax, as the paper")
 
 
 def _beyond(main: argparse.ArgumentParser) -> None:
     add = main.add_argument_group("beyond the paper").add_argument
-    prefixes: dict[str, Any] = {"type": positive, "nargs": "+", "default": [], "metavar": "D"}
-    add("--matryoshka-dims", **prefixes, help="train and test the first D dimensions too")
-    teacher = "S2SD run: an exported model, or a pretrained backbone such as lite2"
-    add("--teacher", metavar="FILE|NAME", help=teacher)
-    add("--teacher-weight", type=rate, default=50.0, metavar="γ_t", help="of --teacher")
-    refit = "also test a refitted embedder for the trained trunk, and export it"
-    add("--refit", type=positive, metavar="STEPS", help=refit)
+    add(
+        "--matryoshka-dims",
+        type=positive,
+        nargs="+",
+        default=[],
+        metavar="D",
+        help="train and test the first D dimensions too",
+    )
+    teacher = "file of --export or pretrained backbone that teaches too"
+    add("--teacher", metavar="NAME", help=teacher)
+    add("--teacher-weight", type=rate, default=50.0, metavar="γ_t", help="of that teacher")
 
 
 def _training(main: argparse.ArgumentParser) -> None:
@@ -169,6 +168,8 @@ def _training(main: argparse.ArgumentParser) -> None:
     add("--lr-gamma", type=float, metavar="FACTOR", help="of multistep [0.3]")
     add("--clip-grad", type=float, metavar="NORM", help="of the network's gradient")
     add("--ema", type=decay, metavar="DECAY", help="test the moving average of the network")
+    refit = "also test a refitted embedder for the trained trunk, and export it"
+    add("--refit", type=positive, metavar="STEPS", help=refit)
     several: dict[str, Any] = {"type": count, "nargs": "+", "default": [0], "metavar": "N"}
     add("--seed", "--seeds", **several, dest="seeds", help="of both runs; several: means over them")
 
@@ -246,11 +247,17 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error("--baseline-only and --s2sd-only leave nothing to train: give one of them")
     if args.validation and args.choose_epoch:
         main.error("--validation tests no epoch on the test classes, --choose-epoch does: give one")
+    if not distils_features and "--feature-distill-weight" not in argv:
+        args.feature_distill_weight = 0.0  # that of a file fits every variant
     if not distils_features and args.feature_distill_weight:
         main.error(
             f"--feature-distill-weight is for msdf and msdfa, not for --variant {args.variant}"
         )
-    if args.variant == "dsd" and len(args.dims or DIMS[-1:]) > 1:
+    if args.dims is None:
+        args.dims = DIMS
+    if args.variant == "dsd" and "--dims" not in argv:
+        args.dims = args.dims[-1:]
+    if args.variant == "dsd" and len(args.dims) != 1:
         main.error("--variant dsd has one head: give one of --dims, or use --variant msd")
     if args.ramp and args.ramp[0] >= args.ramp[1]:
         main.error(f"--ramp {args.ramp[0]} {args.ramp[1]}: the second step must be the later one")
@@ -262,7 +269,7 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error("--teacher is for the S2SD run, not with --baseline-only")
     if wrong := [d for d in args.matryoshka_dims if d >= args.embedding_size]:
         main.error(
-            f"--matryoshka-dims {wrong[0]} is no prefix of --embedding-size {args.embedding_size}"
+            f"--matryoshka-dims {wrong[0]} is not below --embedding-size {args.embedding_size}"
         )
     if args.refit and args.matryoshka_dims:
         main.error("--refit fits one size: not with --matryoshka-dims")
@@ -280,10 +287,8 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.weights is not None and not args.weights.exists():
         main.error(f"--weights {args.weights} does not exist")
-    if args.dims is None:
-        args.dims = DIMS[-1:] if args.variant == "dsd" else DIMS
     if args.feature_distill_weight is None:
-        args.feature_distill_weight = FEATURE_DISTILL_WEIGHT if distils_features else 0.0
+        args.feature_distill_weight = float(S2SD["feature_distill_weight"])
     if args.refit and args.refit_weight is None:
         args.refit_weight = args.distill_weight
     if args.steps_per_epoch is None and args.dataset == "icons400":
