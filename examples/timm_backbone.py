@@ -68,6 +68,7 @@ loss_func = S2SDLoss.msdfa(  # S2SD
     miners.MultiSimilarityMiner(),  # S2SD: it mines in every space
     trunk=model.trunk,  # S2SD: its output is the features, a map
     feature_dim=model.fc.in_features,  # S2SD
+    feature_distill_delay=args.steps // 10,  # S2SD: a tenth of the steps
 )
 optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=4e-4)
 loss_func.add_to(optimizer)  # S2SD: the heads, without weight decay

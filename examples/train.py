@@ -2,7 +2,7 @@
 
     python examples/train.py
     python examples/train.py --recipe cub-r50-128-msim --root DIR
-    python examples/train.py --dataset folder --root DIR --backbone resnet50 --lr 1e-5
+    python examples/train.py --recipe fine-tuning --dataset folder --root DIR --backbone resnet50
     python examples/train.py --loss ProxyAnchorLoss --miner none --loss-lr 0.03
     torchrun --nproc_per_node=2 examples/train.py
     python examples/train.py --help

@@ -22,7 +22,7 @@ MUST_AGREE = (
     "the type of the embeddings",
     "the type of the labels (None: none given)",
     "the training step",
-    "the names and widths of the outside teachers (as a checksum)",
+    "the names or widths of the outside teachers",
 )
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TYPES = [None, *sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)]
@@ -45,7 +45,8 @@ class Gather:
         self.world_size = dist.get_world_size() if ready else 1
         self.own_rows: tuple[int, int] | None = None
         self._print = 0  # of the parameters, where they are compared
-        self._teachers = 0  # of their names and widths
+        self._teachers = 0  # a checksum of the next
+        self._shapes: dict[str, int] = {}  # names and widths
 
     @contextmanager
     def agreement(self, embeddings: Any, labels: Any, loss: Any) -> Iterator[None]:
@@ -79,6 +80,11 @@ class Gather:
             MUST_AGREE, zip(*(t[2:-1] for t in reports), strict=True), strict=True
         ):
             if len(set(values)) > 1:
+                if "teachers" in name:
+                    raise DistributedError(
+                        f"The ranks differ in {name}. This one has {self._shapes}, by name and "
+                        "width. Pass the same teachers on every rank."
+                    )
                 seen = [TYPES[v] for v in values] if "type" in name else list(values)
                 raise DistributedError(
                     f"The ranks differ in {name}: {seen}, in rank order. Call the loss "
@@ -116,7 +122,7 @@ class Gather:
         """
         if self.world_size > 1 and teachers:
             shapes = {name: x.shape[1] for name, x in teachers.items()}
-            self._teachers = zlib.crc32(repr(shapes).encode())
+            self._teachers, self._shapes = zlib.crc32(repr(shapes).encode()), shapes
         step = loss.step if self.world_size > 1 else 3
         if (step & (step - 1) == 0 or step % 256 == 0) and not any(
             "FullySharded" in type(m).__name__ for m in loss.modules()

@@ -20,7 +20,7 @@ from .recipes import PAPER_HEAD_DIMS, Variants, plain
 from .similarity import Similarities, similarities
 from .spaces import Spaces
 from .students import Prefix, check_matryoshka_dims
-from .teachers import Schedule, TeacherWeight, in_force
+from .teachers import Schedule, TeacherWeight, has_weight
 from .wrapper import UnrecordedModuleDict
 
 
@@ -255,7 +255,7 @@ class S2SDLoss(Variants, Spaces):
         validation.check_batch(embeddings, labels, pairs, ref_emb, self.loss)
         others = labels, pairs, ref_emb, ref_labels
         loss = metric_loss(self.loss, self.miner, embeddings, *others)
-        if self._distils or self.matryoshka_dims or in_force(self.teacher_weight):
+        if self._distils or self.matryoshka_dims or has_weight(self.teacher_weight):
             self._guard.check_eval(loss, embeddings, self)
         self._record(loss.detach().reshape(1), loss.new_zeros(0))
         return loss

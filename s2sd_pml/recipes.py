@@ -238,7 +238,8 @@ class Variants:
             name: the training that they are for.
 
                 - "fine-tuning": a pretrained trunk and a small learning rate, 1e-5 to 3e-5. The
-                  paper's settings, which are the defaults.
+                  paper's settings, which are the defaults. In fewer than some thousand steps set
+                  ``feature_distill_delay`` to a tenth of them.
                 - "high-rate": a pretrained trunk and some hundred steps at 1e-4 or more. Weights of
                   10 at T = 0.1 without the diagonal, so that near neighbours teach; smaller heads,
                   of one layer.

@@ -14,7 +14,7 @@ from .counter import is_compiling
 from .heads import Pooling, pool
 from .similarity import full_precision
 from .students import check_matryoshka_dims
-from .teachers import TeacherWeight, in_force
+from .teachers import TeacherWeight, has_weight
 from .wrapper import LossWrapper
 
 
@@ -35,7 +35,7 @@ class Spaces(LossWrapper):
     @property
     def _distils(self) -> bool:
         """Whether a term needs features."""
-        return bool(self.head_dims) or in_force(self.feature_distill_weight)
+        return bool(self.head_dims) or has_weight(self.feature_distill_weight)
 
     def _spaces(
         self,
@@ -71,7 +71,7 @@ class Spaces(LossWrapper):
             ref_φ = self._features(ref_features, ref_emb, "ref_features") if g else None
             refs = [*self._students(ref_emb), *self._project(ref_φ)]
         others = {f"teacher_{name}": x for name, x in outside.items()}
-        teaches = in_force(self.feature_distill_weight) and (is_compiling() or self._begun)
+        teaches = has_weight(self.feature_distill_weight) and (is_compiling() or self._begun)
         if φ is not None and teaches:
             others = {"feature_distill": φ, **others}
         joined = gather.joined([full_precision(x.detach()).to(ψ.dtype) for x in others.values()])

@@ -16,7 +16,7 @@ Schedule = float | Callable[[int], float]
 TeacherWeight = Schedule | Mapping[str, Schedule]
 
 
-def in_force(weight: Any) -> bool:
+def has_weight(weight: Any) -> bool:
     """Whether a weight is a schedule, a number other than 0, or given for some teacher."""
     return callable(weight) or bool(weight if isinstance(weight, Mapping) else weight != 0)
 
@@ -61,17 +61,17 @@ class OutsideTeachers:
     def _check_names(self, names: tuple[str, ...], weight: TeacherWeight) -> None:
         """Every teacher has a weight, every weight a teacher, and the names stay the same."""
         seen = list(names)
-        if names and not in_force(weight):
+        if names and not has_weight(weight):
             raise BatchError(
                 f"teachers={seen} would teach nothing, for teacher_weight={weight!r}. Give them a "
                 "weight, S2SDLoss(..., teacher_weight=10.0), or leave them out. To record their KL "
                 f"alone, use teacher_weight={dict.fromkeys(seen, 0.0)}."
             )
-        if in_force(weight) and not names:
+        if has_weight(weight) and not names:
             raise BatchError(
                 f"teacher_weight={weight!r}, but this training step has no teachers. Call "
                 "loss_func(embeddings, labels, teachers={name: tensor (B, width)}), or set "
-                "loss_func.teacher_weight = 0.0."
+                "loss_func.teacher_weight = 0.0. To validate, call loss_func.eval()."
             )
         if isinstance(weight, Mapping):
             if names and set(names) != set(weight):

@@ -86,11 +86,10 @@ def check_dims(
     """Whole numbers above 0, all different; returned as a tuple of int."""
     given = tuple(dims) if isinstance(dims, Iterable) and not isinstance(dims, str) else (None,)
     if not all(isinstance(d, Integral) and not isinstance(d, bool) and d > 0 for d in given):
-        raise _must_be(name, dims, "a sequence of whole numbers above 0, such as (512, 1024)")
+        example = "(512, 1024)" if name == "head_dims" else "(16, 32)"
+        raise _must_be(name, dims, f"a sequence of whole numbers above 0, such as {example}")
     if len(set(given)) < len(given):
-        raise ArgumentError(
-            f"{name}={given} repeats a dimension, and the dimension is the name of a space. {fix}."
-        )
+        raise ArgumentError(f"{name}={given} repeats a dimension. All must be different. {fix}.")
     return tuple(int(d) for d in given)
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -46,9 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     args = options.parse(parser, argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    makers: Makers = {"base": base_loss, "S2SD": s2sd_loss}
-    if args.baseline_only or args.s2sd_only:
-        del makers["S2SD" if args.baseline_only else "base"]
+    makers = makers_of(args)
     try:  # build everything once: what is wrong with the flags shows before any training
         split, held_out = check(args, makers)
         if args.dry_run:
@@ -67,10 +69,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
 
     device = ranks.start(args.device)
-    with stop.Request() as asked:
+    with stop.Request() as asked, elsewhere(args, seeds[1:], states[1:]) as others:
         for own, found in zip(seeds, states, strict=True):
-            if found is None:
-                continue
+            if found is None or (own.seed in others and not others[own.seed].cancel()):
+                continue  # finished, or in another process
             own.device = device
             if ranks.rank() == 0:
                 report.write_config(own)
@@ -83,10 +85,60 @@ def main(argv: list[str] | None = None) -> None:
                 finish(args, own, runs, split)
         if states[-1] is None:
             ranks.stop()
+        for training in others.values():
+            if not training.cancelled():
+                training.result()
     if ranks.rank() == 0:
         summarise(args, [tables.read(own.output / "metrics.csv") for own in seeds], split)
 
 
+@contextlib.contextmanager
+def elsewhere(
+    args: argparse.Namespace, seeds: list[argparse.Namespace], states: list[States | None]
+) -> Iterator[dict[int, Future[None]]]:
+    """Other processes that train seeds meanwhile, on the CPU's other cores, with a thread each.
+
+    With --threads all seeds are trained here, one after the other.
+    """
+    todo = [own for own, found in zip(seeds, states, strict=True) if found is not None]
+    processes = min(len(todo), (os.cpu_count() or 1) - 1)
+    if not processes or args.device != "cpu" or args.threads or ranks.world() > 1:
+        yield {}
+        return
+    torch.set_num_threads(1)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        try:
+            yield {own.seed: pool.submit(train_alone, args, own) for own in todo}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def train_alone(args: argparse.Namespace, own: argparse.Namespace) -> None:
+    """What such a process does with a seed; after Ctrl-C, nothing."""
+    if ENDED:
+        sys.exit(STOPPED)
+    torch.set_num_threads(1)
+    makers = makers_of(args)
+    split, held_out = prepare(own)
+    found = states_of(own, makers, split, several=True)
+    assert found is not None
+    report.write_config(own)
+    with stop.Request() as asked:
+        quiet = argparse.Namespace(**{**vars(own), "quiet": True})
+        finish(args, own, train(quiet, makers, split, held_out, found, asked), split)
+
+
+def makers_of(args: argparse.Namespace) -> Makers:
+    """The runs of a seed."""
+    makers: Makers = {"base": base_loss, "S2SD": s2sd_loss}
+    if args.baseline_only or args.s2sd_only:
+        del makers["S2SD" if args.baseline_only else "base"]
+    return makers
+
+
+ENDED: list[str] = []  # why this process trains no more
+STOPPED = 130  # the exit status after Ctrl-C
 OTHER_RUN = "{} holds the results of a run with other settings: use another --output, or delete it"
 
 
@@ -160,7 +212,7 @@ def train(
     except stop.Stopped:
         ended(trainers, "Stopped")
         ranks.stop()
-        sys.exit(130)
+        sys.exit(STOPPED)
     except OSError as error:  # an image, a full disk
         if ranks.world() > 1 or not trainers:
             raise
@@ -172,6 +224,7 @@ def train(
 
 def ended(trainers: list[Trainer], how: str) -> None:
     """Keep what was done, and say how to go on."""
+    ENDED.append(how)
     if ranks.rank() == 0:
         for finished in trainers[:-1]:
             finished.save()
