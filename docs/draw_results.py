@@ -118,7 +118,7 @@ def results() -> None:
     kinds = [
         ("cub", "CUB-200-2011, EfficientNet-lite0", ["MSDF"]),
         ("emoji", "emoji, EfficientNet-lite0", ["MSDF, high-rate"]),
-        ("icons-400", "icons-400, small network", ["MSDF, high-rate", "MSDFA, high-rate"]),
+        ("icons-400-from-scratch", "icons-400, from scratch", ["MSDF"]),
     ]
     shown = [(rows(file), title, methods) for file, title, methods in kinds]
     shown = [kind for kind in shown if len({row["seed"] for row in kind[0]}) > 1]

@@ -35,7 +35,7 @@ class Retrieval(lightning.LightningModule):
             losses.MultiSimilarityLoss(),
             miners.MultiSimilarityMiner(),  # S2SD: in every space
             embedder=self.fc,  # S2SD: its input is the features
-            **S2SDLoss.recipe("high-rate"),  # S2SD: or the paper's
+            **S2SDLoss.recipe("from-scratch"),  # S2SD: leave out if pretrained
         )
 
     def forward(self, images):

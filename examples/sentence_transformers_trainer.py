@@ -33,7 +33,7 @@ class Loss(nn.Module):
             losses.MultiSimilarityLoss(),
             miners.MultiSimilarityMiner(),  # S2SD: in every space
             embedder=model[-1].linear,  # S2SD: its input is the features
-            **S2SDLoss.recipe("high-rate"),  # S2SD: or the paper's
+            **S2SDLoss.recipe("from-scratch"),  # S2SD: leave out if pretrained
         )
 
     def forward(self, sentence_features, labels):

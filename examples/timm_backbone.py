@@ -20,7 +20,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--backbone", default="resnet18")
 parser.add_argument("--no-weights", action="store_true")
 parser.add_argument("--steps", type=int, default=50)
-parser.add_argument("--lr", type=float, default=1e-4, help="paper: 1e-5")
+parser.add_argument("--lr", type=float, default=3e-5, help="paper: 1e-5")
 args = parser.parse_args()
 
 

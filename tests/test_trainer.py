@@ -476,7 +476,7 @@ def test_the_configuration_of_a_variant_without_features_repeats_too(tmp_path):
         ("--seed -1", "'-1' is not a whole number"),
         ("--ema 1.5", "1.5 is not between 0 and 1"),
         ("--validation --validation-share 0.001", "leaves 200 to train and 0 to choose by"),
-        ("--matryoshka-dims 16", "--matryoshka-dims 16 is not below --embedding-size 16"),
+        ("--matryoshka-dims 16", "16 is no prefix of --embedding-size 16"),
     ],
 )
 def test_flags_that_would_do_nothing_or_fail_later_are_refused(tmp_path, capsys, flags, words):

@@ -14,8 +14,6 @@ Losses that read from the device (most miners) are trained without a graph. Prec
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import gc
 import multiprocessing
 import os
@@ -32,7 +30,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch._inductor.config
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch import Tensor, nn
 
@@ -40,49 +37,14 @@ from s2sd_pml import S2SDLoss, stacking
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of trainer and study
 
-from trainer import export, images, objectives, options, report, training
-from trainer.images import InMemory, Split
+from trainer import export, objectives, options, report, training
+from trainer.images import Split
 
 from study import compare
 from study.compare import BASE, Cell
+from study.crops import Crops, crops_name, data_flags, in_memory, labels_of, load, make_crops
 
 WARM = 11  # eager steps before a capture: as PyTorch asks for, and until the guard is content
-PATIENCE = 30  # seconds between two processes' first compilations
-PARTS = 64  # steps that a process crops at a time
-KEY = ("dataset", "root", "image_size", "validation", "validation_share", "batch_size", "per_class")
-
-
-class Crops(NamedTuple):
-    """The augmented images of the first steps of some runs."""
-
-    args: Any  # of one of these runs
-    steps: int
-    path: Path
-
-    @property
-    def ready(self) -> bool:
-        return self.path.with_suffix(".ready").exists()
-
-
-def crops_name(args: Any) -> str:
-    """Runs with the same name see the same batches."""
-    values = [getattr(args, name) for name in (*KEY, "steps_per_epoch", "accumulate", "seed")]
-    return "-".join(str(value).replace("/", "_") for value in values)
-
-
-@functools.cache
-def load(argv: tuple[str, ...]) -> Split:
-    """The data set of some flags."""
-    args = options.parse(options.parser(), list(argv))
-    return training.prepare(args)[0]
-
-
-def data_flags(args: Any) -> tuple[str, ...]:
-    """Those that choose the data."""
-    flags = ["--dataset", args.dataset, "--validation-share", str(args.validation_share)]
-    flags += ["--root", str(args.root)] if args.root else []
-    flags += ["--image-size", str(args.image_size)] + (["--validation"] if args.validation else [])
-    return (*flags, "--batch-size", str(args.batch_size), "--device", "cpu")
 
 
 def parsed(cell: Cell) -> Any:
@@ -91,42 +53,6 @@ def parsed(cell: Cell) -> Any:
     if args.steps_per_epoch is None:
         args.steps_per_epoch = max(1, len(load(data_flags(args)).train) // args.batch_size)
     return args
-
-
-def crop(crops: Crops, first: int) -> None:
-    """The images of some steps."""
-    torch.set_num_threads(1)
-    split = load(data_flags(crops.args))
-    images.Files.decoded = staticmethod(DECODED)  # every file once
-    last = min(first + PARTS, crops.steps)
-    batches = training.make_batches(crops.args, split.train).between(first, last)
-    memory = np.load(crops.path, mmap_mode="r+")
-    for step, key in enumerate(batches, first):
-        memory[step] = split.train[key][0].numpy()
-
-
-DECODED = functools.cache(images.Files.decoded)
-LABELS: dict[Path, Tensor] = {}
-
-
-def labels_of(crops: Crops) -> Tensor:
-    """The labels of all steps, (steps, B)."""
-    if crops.path in LABELS:
-        return LABELS[crops.path]
-    train_images = load(data_flags(crops.args)).train
-    batches = training.make_batches(crops.args, train_images).between(0, crops.steps)
-    rows_of_steps = [torch.as_tensor(rows) for rows, _ in batches]
-    LABELS[crops.path] = torch.stack([train_images.labels[rows] for rows in rows_of_steps])
-    return LABELS[crops.path]
-
-
-def make_crops(crops: Crops, pool: Any) -> list[Any]:
-    """Start cropping; the results to wait for."""
-    split = load(data_flags(crops.args))
-    ((rows, seeds),) = training.make_batches(crops.args, split.train).between(0, 1)
-    one = split.train[rows, seeds][0].numpy()
-    np.lib.format.open_memmap(crops.path, "w+", one.dtype, (crops.steps, *one.shape)).flush()
-    return [pool.apply_async(crop, (crops, first)) for first in range(0, crops.steps, PARTS)]
 
 
 class Stacked(nn.Module):
@@ -226,7 +152,6 @@ class Lane:
         t, args = self.trainer, self.args
         run, self.graph = t.run, None
         run.seconds = seconds
-        forward = t.run.trained.trunk.__dict__.pop("forward", None)  # compiled for batches of steps
         values = self.recorded[: run.step].cpu()
         run.step = 0
         for epoch in values.split(args.steps_per_epoch):
@@ -243,8 +168,6 @@ class Lane:
             some, _ = self.split.test[list(range(64)), None]
             export.write(run.model, args.export, some.to(args.device))
         compare.keep(self.cell, seconds)
-        if forward is not None:
-            t.run.trained.trunk.forward = forward
 
 
 class Group(NamedTuple):
@@ -280,98 +203,17 @@ def groups(cells: Sequence[Cell], lanes: int, folder: Path) -> list[Group]:
     return found
 
 
-TRUNKS: dict[tuple[Any, ...], Any] = {}  # compiled, one a lane
-
-
-def reuse_trunk(make: Callable[..., Any], lane: list[int]) -> Callable[..., Any]:
-    """Networks with the trunk of an earlier one: what is compiled once serves every cell."""
-
-    def make_network(args: Any, split: Split) -> Any:
-        network = make(args, split)
-        if not args.compile:
-            return network
-        network.to(args.device)
-        known = TRUNKS.setdefault((args.backbone, args.image_size, lane[0]), network.trunk)
-        if known is not network.trunk:
-            states = network.trunk.state_dict()
-            known.load_state_dict({k: v.to(args.device) for k, v in states.items()})
-            known.zero_grad()
-            known._forward_hooks.clear()
-            network.trunk = known
-        return network.train()
-
-    return make_network
-
-
-def compiled_once(function: Any) -> Any:
-    """torch.compile for what is not compiled yet."""
-    if hasattr(function, "_torchdynamo_orig_callable"):
-        return function
-    return COMPILE(function, dynamic=False)
-
-
-COMPILE = torch.compile
-
-
-def warm(args: Any, split: Split, folder: Path) -> None:
-    """Compile the trunk, in one process: the others load what it has kept, from then on.
-
-    Not where that changes what the trunk makes of the same random numbers.
-    """
-    start = time.time()
-    trunk = training.make_network(args, split).to(args.device).trunk
-    pixels = torch.randint(256, (args.batch_size, 3, args.image_size, args.image_size))
-    pixels = pixels.to(args.device, torch.uint8).contiguous(memory_format=torch.channels_last)
-    found = []
-    for compiled in (False, True):
-        if compiled:
-            trunk.forward = torch.compile(trunk.forward)
-        torch.manual_seed(0)
-        trunk.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16, enabled=args.amp == "bf16"):
-            features = trunk(pixels).mean(dim=(2, 3))
-        features.float().pow(2).mean().backward()
-        found.append([features.detach().float(), *(p.grad.clone() for p in trunk.parameters())])
-    off = [float((a - b).norm() / a.norm()) for a, b in zip(*found, strict=True)]
-    print(
-        f"compiled in {time.time() - start:.0f} s; differences: features {off[0]:.3f}, gradients "
-        f"{np.median(off[1:]):.3f} in the middle, {max(off[1:]):.3f} at most",
-        flush=True,
-    )
-    if off[0] < 0.05 and np.median(off[1:]) < 0.2:
-        (folder / "compiled").touch()
-
-
-def compiles(folder: Path, number: int) -> bool:
-    """Whether the trunk is compiled in this process by now: one process after the other."""
-    marker = folder / "compiled"
-    with contextlib.suppress(FileNotFoundError):
-        return time.time() - marker.stat().st_mtime >= PATIENCE * number
-    return False
-
-
 def train_groups(queue: Any, deadline: float, device: str, number: int) -> None:
     """What a process does: group after group, while there is time."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    torch._inductor.config.fallback_random = True  # the random numbers of the eager trunk
-    lane = [0]
-    training.make_network = reuse_trunk(training.make_network, lane)
-    torch.compile = compiled_once
     held: dict[Path, tuple[Tensor, Tensor]] = {}
     tests: dict[tuple[str, ...], Split] = {}
     while True:
         group: Group | None = queue.get()
         if group is None or time.time() > deadline:
             return
-        folder, args = group.crops.path.parent, parsed(group.cells[0])
-        if args.compile and number == 0 and not tests:
-            args.device = device
-            attempt(warm, args, load(data_flags(args)), folder)
-        work = (group, held, tests, device, lane, number, deadline)
-        if not attempt(train_group, *work) and compiles(folder, number):
-            (folder / "compiled").unlink(missing_ok=True)
-            attempt(train_group, *work)
+        attempt(train_group, group, held, tests, device, number, deadline)
         gc.collect()  # graphs hold their memory
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -388,7 +230,7 @@ def attempt(function: Callable[..., None], *args: Any) -> bool:
 
 
 def train_group(
-    group: Group, held: Any, tests: Any, device: str, lane: list[int], number: int, deadline: float
+    group: Group, held: Any, tests: Any, device: str, number: int, deadline: float
 ) -> None:
     """Train the cells of a group side by side, and write their results."""
     flags = data_flags(group.crops.args)
@@ -412,8 +254,6 @@ def train_group(
     for cell in group.cells:
         args = options.parse(options.parser(), [*cell.flags, *cell.output, "--device", device])
         args.steps_per_epoch = group.crops.args.steps_per_epoch
-        args.compile = args.compile and compiles(group.crops.path.parent, number)
-        lane[0] = len(lanes)
         lanes.append(Lane(cell, args, tests[flags], store, labels))
     start = time.time()
     for step in range(group.steps):
@@ -434,20 +274,6 @@ def train_group(
         f"scored {time.time() - end:.1f} s",
         flush=True,
     )
-
-
-def in_memory(split: Split, device: str) -> Split:
-    """The images to test with, decoded once."""
-    parts = []
-    for part in split[:3]:
-        if part is None:
-            parts.append(None)
-            continue
-        stored = torch.cat([batch for batch, _ in part.loader(0)]).to(device)
-        held = InMemory(stored, part.labels, part.names, lambda x, seeds: x)
-        held.paths = getattr(part, "paths", [])  # for the fingerprint
-        parts.append(held)
-    return split._replace(train=parts[0], test=parts[1], gallery=parts[2])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     recipes = textwrap.indent(textwrap.fill(", ".join(config.names()), 96), "  ")
     main = Parser(
         description="Train a base loss and S2SD with the same seed and budget, and compare them on "
-        "unseen\nclasses. Defaults are in brackets.",
+        "unseen classes. Defaults are in brackets.",
         usage=USAGE,
         epilog=EPILOG.format(recipes=recipes),
     )
@@ -105,7 +105,7 @@ def _s2sd(main: argparse.ArgumentParser) -> None:
     add = main.add_argument_group("S2SD").add_argument
     variants = ("dsd", "msd", "msdf", "msdfa")
     add("--variant", default="msdf", choices=variants, metavar="NAME", help=", ".join(variants))
-    dims = f"dimensions of the heads, or nothing [{' '.join(map(str, DIMS))}; dsd: the last]"
+    dims = f"of the heads, none for no heads [{' '.join(map(str, DIMS))}; dsd: the last]"
     add("--dims", type=positive, nargs="*", metavar="D", help=dims)
     add("--linear-heads", **switch(True), help="heads of two layers, as in the paper")
     temperature = {"type": float, "default": S2SD["temperature"], "metavar": "T"}
@@ -126,17 +126,13 @@ def _s2sd(main: argparse.ArgumentParser) -> None:
 
 def _beyond(main: argparse.ArgumentParser) -> None:
     add = main.add_argument_group("beyond the paper").add_argument
-    add(
-        "--matryoshka-dims",
-        type=positive,
-        nargs="+",
-        default=[],
-        metavar="D",
-        help="train and test the first D dimensions too",
-    )
-    teacher = "file of --export or pretrained backbone that teaches too"
-    add("--teacher", metavar="NAME", help=teacher)
-    add("--teacher-weight", type=rate, default=50.0, metavar="γ_t", help="of that teacher")
+    prefixes: dict[str, Any] = {"type": positive, "nargs": "+", "default": [], "metavar": "D"}
+    add("--matryoshka-dims", **prefixes, help="train and test the first D dimensions too")
+    teacher = "S2SD run: an exported model, or a pretrained backbone such as lite2"
+    add("--teacher", metavar="FILE|NAME", help=teacher)
+    add("--teacher-weight", type=rate, default=50.0, metavar="γ_t", help="of --teacher")
+    refit = "also test a refitted embedder for the trained trunk, and export it"
+    add("--refit", type=positive, metavar="STEPS", help=refit)
 
 
 def _training(main: argparse.ArgumentParser) -> None:
@@ -168,8 +164,6 @@ def _training(main: argparse.ArgumentParser) -> None:
     add("--lr-gamma", type=float, metavar="FACTOR", help="of multistep [0.3]")
     add("--clip-grad", type=float, metavar="NORM", help="of the network's gradient")
     add("--ema", type=decay, metavar="DECAY", help="test the moving average of the network")
-    refit = "also test a refitted embedder for the trained trunk, and export it"
-    add("--refit", type=positive, metavar="STEPS", help=refit)
     several: dict[str, Any] = {"type": count, "nargs": "+", "default": [0], "metavar": "N"}
     add("--seed", "--seeds", **several, dest="seeds", help="of both runs; several: means over them")
 
@@ -269,7 +263,7 @@ def parse(main: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
         main.error("--teacher is for the S2SD run, not with --baseline-only")
     if wrong := [d for d in args.matryoshka_dims if d >= args.embedding_size]:
         main.error(
-            f"--matryoshka-dims {wrong[0]} is not below --embedding-size {args.embedding_size}"
+            f"--matryoshka-dims {wrong[0]} is no prefix of --embedding-size {args.embedding_size}"
         )
     if args.refit and args.matryoshka_dims:
         main.error("--refit fits one size: not with --matryoshka-dims")

@@ -1,0 +1,33 @@
+"""The grid on one GPU has the cells, batches and results of compare.py."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+from study import compare, one_gpu
+
+METHODS = ("base", "MSDF", "MSDFA, high-rate", "two-stage distillation", "Matryoshka")
+FLAGS = "--sizes 16 --seeds 1 --epochs 2 --steps-per-epoch 3 --feature-distill-delay 4 --no-nmi"
+TIMES = ("training_seconds", "wall_seconds", "threads")
+
+
+def results(folder):
+    with open(folder / "results.csv", newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    return {name: {k: v for k, v in row.items() if k not in TIMES} for name, row in rows.items()}
+
+
+@pytest.mark.slow
+def test_its_results_are_those_of_compare(tmp_path):
+    """Without a GPU, where steps are taken one by one."""
+    methods = " ".join(f'"{name}"' for name in METHODS)
+    plan = tmp_path / "plan"
+    plan.write_text(f"# a comment\n--output grid {FLAGS} --methods {methods}\n")
+    here = ["--device", "cpu", "--memory", str(tmp_path), "--output", str(tmp_path)]
+    one_gpu.main([str(plan), *here, "--processes", "1", "--lanes", "2", "--croppers", "1"])
+    flags = [*FLAGS.split(), "--workers", "1"]
+    compare.main([*flags, "--output", str(tmp_path / "own"), "--methods", *METHODS])
+    grid, own = (results(tmp_path / folder) for folder in ("grid", "own"))
+    for name in METHODS:
+        assert grid[name] == own[name]
