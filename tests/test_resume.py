@@ -193,7 +193,7 @@ def test_what_cannot_be_resumed_is_refused_before_training(uninterrupted, tmp_pa
     before, newest = stopped(uninterrupted, tmp_path)
     assert "add --resume, or use another --output" in refused(capsys, tmp_path)
     message = refused(capsys, tmp_path, "--resume", "--distill-weight", "3")
-    assert "weight was 10.0 and is 3.0" in message
+    assert "distill_weight was 30.0 and is 3.0" in message
     for file in (before, newest):
         cut(file)
     message = refused(capsys, tmp_path, "--resume")
