@@ -67,7 +67,8 @@ def test_commands_are_understood(page, tmp_path, capsys):
             _, flags = OWN_FLAGS[program].parser().parse_known_args(flags)
         if "--recipe" in flags and image_sets.datasets is None:
             continue  # PML reads CUB from version 2.9 on
-        root = tmp_path / ("cub200" if "--recipe" in flags else "folder")
+        published = "--recipe" in flags and "folder" not in flags
+        root = tmp_path / ("cub200" if published else "folder")
         first = str(ROOT / "examples/study/first.yaml")
         here = {"DIR": str(root), "photos": str(root), "examples/study/first.yaml": first}
         flags = [here.get(flag, flag) for flag in flags]

@@ -129,7 +129,7 @@ def _beyond(main: argparse.ArgumentParser) -> None:
     add = main.add_argument_group("beyond the paper").add_argument
     prefixes: dict[str, Any] = {"type": positive, "nargs": "+", "default": [], "metavar": "D"}
     add("--matryoshka-dims", **prefixes, help="train and test the first D dimensions too")
-    teacher = "S2SD run: an exported model, or a pretrained backbone such as lite2"
+    teacher = "S2SD run: an exported model, or a backbone such as lite2"
     add("--teacher", metavar="FILE|NAME", help=teacher)
     add("--teacher-weight", type=rate, default=50.0, metavar="γ_t", help="of --teacher")
     refit = "also test a refitted embedder for the trained trunk, and export it"
