@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
@@ -69,10 +71,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
 
     device = ranks.start(args.device)
-    with stop.Request() as asked, elsewhere(args, seeds[1:], states[1:]) as others:
-        for own, found in zip(seeds, states, strict=True):
-            if found is None or (own.seed in others and not others[own.seed].cancel()):
-                continue  # finished, or in another process
+    with stop.Request() as asked, shared(args, seeds, states) as todo:
+        for own, found in todo:
             own.device = device
             if ranks.rank() == 0:
                 report.write_config(own)
@@ -85,33 +85,49 @@ def main(argv: list[str] | None = None) -> None:
                 finish(args, own, runs, split)
         if states[-1] is None:
             ranks.stop()
-        for training in others.values():
-            if not training.cancelled():
-                training.result()
     if ranks.rank() == 0:
         summarise(args, [tables.read(own.output / "metrics.csv") for own in seeds], split)
 
 
 @contextlib.contextmanager
-def elsewhere(
+def shared(
     args: argparse.Namespace, seeds: list[argparse.Namespace], states: list[States | None]
-) -> Iterator[dict[int, Future[None]]]:
-    """Other processes that train seeds meanwhile, on the CPU's other cores, with a thread each.
+) -> Iterator[Iterator[tuple[argparse.Namespace, States]]]:
+    """The seeds that are not finished, one after the other.
 
-    With --threads all seeds are trained here, one after the other.
+    On a CPU other processes take some of them, one a core, with a thread each. With --threads all
+    are trained here.
     """
-    todo = [own for own, found in zip(seeds, states, strict=True) if found is not None]
-    processes = min(len(todo), (os.cpu_count() or 1) - 1)
-    if not processes or args.device != "cpu" or args.threads or ranks.world() > 1:
-        yield {}
+    todo = deque((own, f) for own, f in zip(seeds, states, strict=True) if f is not None)
+    here = _until_empty(todo)
+    processes = min(len(todo), os.cpu_count() or 1) - 1
+    if processes < 1 or args.device != "cpu" or args.threads or ranks.world() > 1:
+        yield here
         return
     torch.set_num_threads(1)
+    first, trained = todo.popleft(), []
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+
+        def take(_: object = None) -> None:
+            with contextlib.suppress(IndexError, RuntimeError):  # no more, or the end
+                trained.append(pool.submit(train_alone, args, todo.popleft()[0]))
+                trained[-1].add_done_callback(take)
+
         try:
-            yield {own.seed: pool.submit(train_alone, args, own) for own in todo}
+            for _ in range(processes):
+                take()
+            yield itertools.chain([first], here)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    for future in trained:
+        future.result()
+
+
+def _until_empty(todo: deque[Any]) -> Iterator[Any]:
+    with contextlib.suppress(IndexError):  # another thread takes from it too
+        while True:
+            yield todo.popleft()
 
 
 def train_alone(args: argparse.Namespace, own: argparse.Namespace) -> None:
