@@ -238,9 +238,9 @@ class Variants:
             name: the training that they are for.
 
                 - "fine-tuning": a pretrained trunk and a small learning rate, 1e-5 to 3e-5. The
-                  paper's settings, which are the defaults. In fewer than some thousand steps set
+                  paper's settings, which are the defaults. In fewer than 10,000 steps set
                   ``feature_distill_delay`` to a tenth of them.
-                - "high-rate": a pretrained trunk and some hundred steps at 1e-4 or more. Weights of
+                - "high-rate": a pretrained trunk and a few hundred steps at a higher rate. Weights of
                   10 at T = 0.1 without the diagonal, so that near neighbours teach; smaller heads,
                   of one layer.
                 - "from-scratch": a trunk that is not pretrained. The same with weights of 30.
