@@ -240,9 +240,9 @@ class Variants:
                 - "fine-tuning": a pretrained trunk and a small learning rate, 1e-5 to 3e-5. The
                   paper's settings, which are the defaults. In fewer than 10,000 steps set
                   ``feature_distill_delay`` to a tenth of them.
-                - "high-rate": a pretrained trunk and a few hundred steps at a higher rate. Weights of
-                  10 at T = 0.1 without the diagonal, so that near neighbours teach; smaller heads,
-                  of one layer.
+                - "high-rate": a pretrained trunk and a few hundred steps at a higher rate. Weights
+                  of 10 at T = 0.1 without the diagonal, so that near neighbours teach; smaller
+                  heads, of one layer.
                 - "from-scratch": a trunk that is not pretrained. The same with weights of 30.
 
                 What they were chosen by, and what they gain, is measured in the documentation.
