@@ -42,7 +42,7 @@ def train(size):
         losses.MultiSimilarityLoss(),
         miners.MultiSimilarityMiner(),
         embedder=model[1],  # S2SD: the module whose input is the features
-        **S2SDLoss.recipe("from-scratch"),  # S2SD: not if pretrained, <= 3e-5
+        **S2SDLoss.recipe("from-scratch"),  # S2SD: not if pretrained
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     loss_func.add_to(optimizer)  # S2SD: the heads are trained too

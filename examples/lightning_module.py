@@ -35,7 +35,7 @@ class Retrieval(lightning.LightningModule):
             losses.MultiSimilarityLoss(),
             miners.MultiSimilarityMiner(),  # S2SD: in every space
             embedder=self.fc,  # S2SD: its input is the features
-            **S2SDLoss.recipe("from-scratch"),  # S2SD: not if pretrained, <= 3e-5
+            **S2SDLoss.recipe("from-scratch"),  # S2SD: not if pretrained
         )
 
     def forward(self, images):

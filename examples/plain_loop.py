@@ -50,7 +50,7 @@ loss_func = S2SDLoss(  # S2SD
     losses.MultiSimilarityLoss(),
     miners.MultiSimilarityMiner(),  # S2SD: it mines in every space
     embedder=model.fc,  # S2SD: the module whose input is the features
-    **S2SDLoss.recipe("from-scratch"),  # S2SD: not if pretrained, <= 3e-5
+    **S2SDLoss.recipe("from-scratch"),  # S2SD: not if pretrained
 ).to(device)
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 loss_func.add_to(optimizer)  # S2SD: the heads are trained too

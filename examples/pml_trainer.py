@@ -40,7 +40,7 @@ loss_func = S2SDLoss(  # S2SD
     losses.MultiSimilarityLoss(),
     miners.MultiSimilarityMiner(),  # S2SD: here, not in mining_funcs
     embedder=models["embedder"],  # S2SD: its input is the features
-    **S2SDLoss.recipe("from-scratch"),  # S2SD: not if pretrained, <= 3e-5
+    **S2SDLoss.recipe("from-scratch"),  # S2SD: not if pretrained
 )
 optimizers = {
     f"{name}_optimizer": torch.optim.Adam(module.parameters(), lr=1e-3)

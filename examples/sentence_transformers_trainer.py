@@ -33,7 +33,7 @@ class Loss(nn.Module):
             losses.MultiSimilarityLoss(),
             miners.MultiSimilarityMiner(),  # S2SD: in every space
             embedder=model[-1].linear,  # S2SD: its input is the features
-            **S2SDLoss.recipe("high-rate"),  # S2SD: pretrained, at a high rate
+            **S2SDLoss.recipe("high-rate"),  # S2SD: a high rate
         )
 
     def forward(self, sentence_features, labels):

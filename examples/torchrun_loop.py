@@ -62,7 +62,7 @@ loss_func = S2SDLoss(  # S2SD
     miners.MultiSimilarityMiner(),  # S2SD: it mines in every space
     embedder=model.fc,  # S2SD: the module whose input is the features
     gather_distributed=True,  # S2SD: one batch over all ranks
-    **S2SDLoss.recipe("from-scratch"),  # S2SD: not if pretrained, <= 3e-5
+    **S2SDLoss.recipe("from-scratch"),  # S2SD: not if pretrained
 ).to(device)
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 loss_func.add_to(optimizer)  # S2SD: the heads are trained too

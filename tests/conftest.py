@@ -14,7 +14,12 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-HOOKED = ("test_evaluation.py", "test_restored.py", "test_optimizer.py")  # by optimizers' hooks
+HOOKED = (  # by optimizers' hooks
+    "test_evaluation.py",
+    "test_restored.py",
+    "test_optimizer.py",
+    "test_matryoshka_training.py",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -160,8 +160,9 @@ class CaptureMachine(RuleBasedStateMachine):
             with contextlib.suppress(RuntimeError):  # another backward has freed the graph
                 e.embeddings.square().sum().backward(retain_graph=retain)
                 self.released |= set() if retain else e.forwards
-            for other in self.entries:
-                other.used |= bool(other.forwards & e.forwards) or not other.forwards
+            for other in self.entries:  # a checkpointed forward has no number of its own
+                unknown = not (other.forwards and e.forwards)
+                other.used |= unknown or bool(other.forwards & e.forwards)
 
     @precondition(lambda self: self.entries)
     @rule(data=st.data())

