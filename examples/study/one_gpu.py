@@ -24,7 +24,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +37,9 @@ from s2sd_pml import S2SDLoss, stacking
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of trainer and study
 
-from trainer import export, objectives, options, report, training
+from trainer import export, options, report, training
 from trainer.images import Split
+from trainer.main import makers_of
 
 from study import compare
 from study.compare import BASE, Cell
@@ -71,9 +72,7 @@ class Lane:
 
     def __init__(self, cell: Cell, args: Any, split: Split, store: Tensor, labels: Tensor) -> None:
         self.cell, self.args, self.split = cell, args, split
-        name, make = (
-            (BASE, objectives.base_loss) if args.baseline_only else ("S2SD", objectives.s2sd_loss)
-        )
+        ((name, make),) = makers_of(args).items()
         self.trainer = training.Trainer(name, make, args, split, None, {}, None)
         self.store, self.labels = store, labels
         self.now = torch.zeros(1, dtype=torch.long, device=args.device)
@@ -128,7 +127,7 @@ class Lane:
             t.schedule.step()
         else:
             with torch.cuda.stream(self.stream):
-                if self.captures and step in self.captured_at and step >= WARM:
+                if self.captures and step in self.captured_at:
                     self.capture(step)
                 if self.graph is None:
                     self.step()
@@ -213,20 +212,13 @@ def train_groups(queue: Any, deadline: float, device: str, number: int) -> None:
         group: Group | None = queue.get()
         if group is None or time.time() > deadline:
             return
-        attempt(train_group, group, held, tests, device, number, deadline)
+        try:
+            train_group(group, held, tests, device, number, deadline)
+        except Exception:  # the other cells go on
+            traceback.print_exc()
         gc.collect()  # graphs hold their memory
         if device == "cuda":
             torch.cuda.empty_cache()
-
-
-def attempt(function: Callable[..., None], *args: Any) -> bool:
-    """Whether it went well; what did not is printed, and the other cells go on."""
-    try:
-        function(*args)
-    except Exception:
-        traceback.print_exc()
-        return False
-    return True
 
 
 def train_group(
