@@ -164,6 +164,47 @@ def gains() -> str:
     return table(["Recall@1, S2SD minus base", *map(str, sizes), "seeds"], bold(lines))
 
 
+def matryoshka() -> str:
+    """One training for all sizes, with S2SD and without, against a training a size."""
+    kinds = [
+        ("CUB-200-2011, 64 pixels", "cub-64-pixels", "MSDF, Matryoshka"),
+        ("emoji", "emoji", f"{SMALL}, Matryoshka"),
+    ]
+    sizes, lines = (16, 32, 64, 128), []
+    for what, file, own in kinds:
+        found = rows(file)
+        for name, method in (
+            ("base loss, a training a size", summary.BASE),
+            ("base loss with 512 dimensions, cut by PCA", "base 512 + PCA"),
+            ("Matryoshka losses", "Matryoshka"),
+            ("S2SD with `matryoshka_dims`", own),
+        ):
+            lines.append([what, name, *(mean(found, method, size) for size in sizes), ""])
+        for name, method in (
+            ("S2SD minus a training a size", summary.BASE),
+            ("S2SD minus Matryoshka losses", "Matryoshka"),
+        ):
+            cells = [difference(found, own, size, method) for size in sizes]
+            seeds = str(max(len(cell.points) for cell in cells))
+            lines.append([what, name, *(cell if cell.points else "" for cell in cells), seeds])
+    return table(["data", "Recall@1", *map(str, sizes), "seeds"], bold(lines), left=2)
+
+
+def teachers() -> str:
+    """What an outside teacher gains at 128 dimensions, next to S2SD and on top of it."""
+    found = rows("cub-64-pixels")
+    lines: list[list[str | Difference]] = [["base loss", mean(found, summary.BASE, 128), "", ""]]
+    for what, method in {
+        "S2SD": "MSDF",
+        "base loss and the teacher, `head_dims=()`": "lite2",
+        "S2SD and the teacher": "MSDF and lite2",
+    }.items():
+        over_s2sd = "" if method == "MSDF" else difference(found, method, 128, "MSDF")
+        over_base = difference(found, method, 128)
+        lines.append([what, mean(found, method, 128), over_base, over_s2sd])
+    return table(["", "Recall@1", "minus base", "minus S2SD"], bold(lines))
+
+
 def milliseconds(value: float) -> str:
     """Three digits, or all before the point."""
     return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
@@ -232,7 +273,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "batches": batches,
     "costs": costs,
     "gains": gains,
+    "matryoshka": matryoshka,
     "results": results,
+    "teachers": teachers,
     "validation": validation,
 }
 

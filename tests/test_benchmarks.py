@@ -31,10 +31,8 @@ def test_every_script_is_tried():
     assert scripts == set(SMALL)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "loss_step" else pytest.param(n, marks=pytest.mark.slow) for n in SMALL],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
 def test_scripts_print_and_save_a_table(name, tmp_path):
     if name == "launches" and torch.__version__ < "2.4":
         pytest.skip("its dispatch modes know no ``byte ^ 1``")

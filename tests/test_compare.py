@@ -22,6 +22,7 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_grid_is_run_once_grows_and_resumes(tmp_path, capsys):
     few = ["--workers", "1", "--sizes", "4", "--methods", "base", "MSD"]
     flags = ["--output", str(tmp_path), *TINY, *few]

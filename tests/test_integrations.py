@@ -27,7 +27,7 @@ RUNS = {
     "hf_trainer": ["hf_trainer.py"],
     "faiss_search": ["faiss_search.py"],
 }
-BY_DEFAULT = ("plain_loop", "pml_trainer", "accelerate")  # the others are slow
+BY_DEFAULT = ("plain_loop",)  # the others are slow
 UNTRAINED = 50.0  # % of Recall@1 on unseen digits, with 8 dimensions
 REACHED = r"Recall@1 on unseen classes: (.*)%$"
 

@@ -93,6 +93,7 @@ def test_the_kl_reaches_the_teachers(exclude_self):
     assert (heads - theirs[2]).norm() > 0.01 * theirs[2].norm()
 
 
+@pytest.mark.slow
 def test_a_run_with_another_reach(tmp_path):
     """Each learns another model, from the same losses at the first step."""
     found = {}

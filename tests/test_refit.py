@@ -123,6 +123,7 @@ def test_its_configuration_repeats_it(tmp_path):
     assert scores(tmp_path / "again") == first
 
 
+@pytest.mark.slow
 def test_a_run_tests_and_exports_the_new_embedder(tmp_path, capsys):
     def scores(folder, *flags):
         train.main([*SMALL, "--no-report", "--output", str(tmp_path / folder), *flags])

@@ -13,6 +13,8 @@ import train
 from test_examples import PICTURES, SMALL
 from trainer import report, tables
 
+pytestmark = pytest.mark.slow
+
 
 def run(folder, *flags):
     train.main([*SMALL, "--quiet", "--output", str(folder), *flags])

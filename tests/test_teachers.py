@@ -325,8 +325,9 @@ def test_a_step_reads_nothing_back():
 @pytest.mark.skipif(torch.__version__ < "2.4", reason="fullgraph works from there on")
 @pytest.mark.parametrize(
     ("weight", "chunk_size"),
-    [(3.0, None), pytest.param({"t": 3.0, "u": 0.5}, 5, marks=pytest.mark.slow)],
+    [(3.0, None), ({"t": 3.0, "u": 0.5}, 5)],
 )
+@pytest.mark.slow
 def test_compiled_in_one_graph_it_is_the_same(weight, chunk_size):
     torch._dynamo.reset()
     kwargs = {"feature_distill_delay": 1, "matryoshka_dims": (2, 3), "chunk_size": chunk_size}

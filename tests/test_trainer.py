@@ -291,12 +291,10 @@ train.main()
 LONG = "--epochs 2 --steps-per-epoch 3 --batch-size 16 --dims 24 32 --threads 1 --quiet".split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "calls", "run", "step"),
-    [
-        (signal.SIGINT, 2, "base", 2),
-        pytest.param(signal.SIGTERM, 10, "S2SD", 4, marks=pytest.mark.slow),
-    ],
+    [(signal.SIGINT, 2, "base", 2), (signal.SIGTERM, 10, "S2SD", 4)],
 )
 def test_ctrl_c_ends_with_a_checkpoint_from_which_the_run_goes_on(
     tmp_path, number, calls, run, step

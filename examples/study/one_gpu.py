@@ -95,19 +95,11 @@ class Lane:
             self.trainer.miner = None
 
     def step(self) -> None:
-        """One training step of all that Trainer.batch does, with nothing read from the device."""
+        """One training step, with nothing read from the device."""
         t = self.trainer
         pixels = self.store.index_select(0, self.now)[0]
         labels = self.labels.index_select(0, self.now)[0]
-        if self.args.channels_last and pixels.ndim == 4:
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        with t.stepper.autocast():
-            embeddings = t.embed(pixels)
-        s2sd = isinstance(t.loss_func, S2SDLoss)
-        with t.stepper.autocast(enabled=s2sd):
-            embeddings = embeddings if s2sd else embeddings.float()
-            pairs = t.miner(embeddings, labels) if t.miner else None
-            loss = t.objective(embeddings, labels, pairs, **t.taught(pixels))
+        loss = t.forward(pixels, labels)
         t.stepper.backward(loss)
         t.stepper.step()
         terms = t.loss_func.components if getattr(t.loss_func, "head_dims", ()) else {}

@@ -164,7 +164,12 @@ class Trainer:
 
     def batch(self, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         """Forward and backward; the loss and its terms."""
-        pixels, labels = pixels.to(self.args.device), labels.to(self.args.device)
+        loss = self.forward(pixels.to(self.args.device), labels.to(self.args.device))
+        self.stepper.backward(loss / self.args.accumulate)
+        return {"loss": loss.item(), **report.components(self.loss_func)}
+
+    def forward(self, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch on the device."""
         if self.args.channels_last:
             pixels = pixels.to(memory_format=torch.channels_last)
         with self.stepper.autocast():
@@ -173,9 +178,8 @@ class Trainer:
         with self.stepper.autocast(enabled=s2sd):
             embeddings = embeddings if s2sd else embeddings.float()
             pairs = self.miner(embeddings, labels) if self.miner else None
-            loss = self.objective(embeddings, labels, pairs, **self.taught(pixels))
-        self.stepper.backward(loss / self.args.accumulate)
-        return {"loss": loss.item(), **report.components(self.loss_func)}
+            loss: torch.Tensor = self.objective(embeddings, labels, pairs, **self.taught(pixels))
+        return loss
 
     def taught(self, pixels: torch.Tensor) -> dict[str, Any]:
         """What the outside teacher makes of these images."""
