@@ -34,6 +34,7 @@ COLOURS = {
     "heads, no KL": ("#a07855", "X"),
     "base 512 + PCA": ("#3fa266", "p"),
     "Matryoshka": ("#d9534f", "<"),
+    "MSDF, high-rate, Matryoshka": ("#c8509b", ">"),
     "two-stage distillation": ("#c9a227", "h"),
     "base, twice the steps": ("#1fa39a", "*"),
     "S2SD, detached": ("#2a8fbd", "d"),
@@ -193,6 +194,9 @@ def draw() -> None:
     curves("study-emoji", "emoji", EMOJI, [
         "MSDF, high-rate", "MSDF, high-rate, refitted embedder", "base, twice the steps",
         "two-stage distillation", "base 512 + PCA", "Matryoshka",
+    ])  # fmt: skip
+    curves("beyond-emoji", "emoji", EMOJI, [
+        "MSDF, high-rate", "MSDF, high-rate, Matryoshka", "Matryoshka", "base 512 + PCA",
     ])  # fmt: skip
     curves("study-icons-400", "icons-400", ICONS, [
         "MSDF, high-rate", "MSDFA, high-rate", "MSDF", "heads, no KL", "base 512 + PCA",

@@ -170,39 +170,47 @@ def matryoshka() -> str:
         ("CUB-200-2011, 64 pixels", "cub-64-pixels", "MSDF, Matryoshka"),
         ("emoji", "emoji", f"{SMALL}, Matryoshka"),
     ]
-    sizes, lines = (16, 32, 64, 128), []
+    sizes = (16, 32, 64, 128)
+    lines: list[list[str | Difference]] = []
     for what, file, own in kinds:
         found = rows(file)
-        for name, method in (
-            ("base loss, a training a size", summary.BASE),
-            ("base loss with 512 dimensions, cut by PCA", "base 512 + PCA"),
-            ("Matryoshka losses", "Matryoshka"),
-            ("S2SD with `matryoshka_dims`", own),
-        ):
-            lines.append([what, name, *(mean(found, method, size) for size in sizes), ""])
-        for name, method in (
-            ("S2SD minus a training a size", summary.BASE),
-            ("S2SD minus Matryoshka losses", "Matryoshka"),
-        ):
+        block: list[list[str | Difference]] = [
+            [name, *(mean(found, method, size) for size in sizes)]
+            for name, method in (
+                ("base loss, a training a size", summary.BASE),
+                ("PCA of 512 dimensions", "base 512 + PCA"),
+                ("Matryoshka losses", "Matryoshka"),
+                ("S2SD, `matryoshka_dims`", own),
+            )
+        ]
+        for name, method in (("a training a size", summary.BASE), ("Matryoshka", "Matryoshka")):
             cells = [difference(found, own, size, method) for size in sizes]
-            seeds = str(max(len(cell.points) for cell in cells))
-            lines.append([what, name, *(cell if cell.points else "" for cell in cells), seeds])
-    return table(["data", "Recall@1", *map(str, sizes), "seeds"], bold(lines), left=2)
+            several = [cell if len(cell.points) > 2 else "" for cell in cells]
+            block.append([f"S2SD minus {name}", *several])
+        names = [what, *[""] * len(block)]
+        lines += [[name, *line] for name, line in zip(names, block, strict=False)]
+    return table(["data", "Recall@1", *map(str, sizes)], bold(lines), left=2)
 
 
 def teachers() -> str:
-    """What an outside teacher gains at 128 dimensions, next to S2SD and on top of it."""
-    found = rows("cub-64-pixels")
-    lines: list[list[str | Difference]] = [["base loss", mean(found, summary.BASE, 128), "", ""]]
-    for what, method in {
-        "S2SD": "MSDF",
-        "base loss and the teacher, `head_dims=()`": "lite2",
-        "S2SD and the teacher": "MSDF and lite2",
-    }.items():
-        over_s2sd = "" if method == "MSDF" else difference(found, method, 128, "MSDF")
-        over_base = difference(found, method, 128)
-        lines.append([what, mean(found, method, 128), over_base, over_s2sd])
-    return table(["", "Recall@1", "minus base", "minus S2SD"], bold(lines))
+    """What an outside teacher gains over the same training without it."""
+    small, own = "EfficientNet-lite2, frozen", "own model of 512 dimensions"
+    kinds = [
+        ("CUB-200-2011, 64 pixels, 128", small, "no", "cub-64-pixels", "lite2", "base"),
+        ("CUB-200-2011, 64 pixels, 128", small, "yes", "cub-64-pixels", "MSDF and lite2", "MSDF"),
+        ("emoji, 32", own, "no", "emoji", "two-stage distillation", "base"),
+        ("icons-400, 16", own, "no", "icons-400", "two-stage distillation", "base"),
+    ]
+    lines: list[list[str | Difference]] = []
+    for what, teacher, heads, file, method, base in kinds:
+        found, size = rows(file), int(what.split()[-1])
+        gain = difference(found, method, size, base)
+        seeds = set(summary.values(found, method, size))
+        paired = [row for row in found if row["seed"] in seeds]
+        means = [mean(paired, name, size) for name in (base, method)]
+        lines.append([what, teacher, heads, *means, gain, str(len(gain.points))])
+    head = "data, dimensions|teacher|heads as well|without it|with it|difference|seeds"
+    return table(head.split("|"), bold(lines), left=3)
 
 
 def milliseconds(value: float) -> str:
