@@ -378,6 +378,15 @@ def test_other_images_are_another_run(tmp_path, capsys):
     assert "was written with other settings: data was" in capsys.readouterr().err
 
 
+@pytest.fixture
+def _interruptible():
+    """A shell starts what it puts in the background without Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_a_second_ctrl_c_ends_at_once():
     with stop.Request() as asked:
         os.kill(os.getpid(), signal.SIGINT)
