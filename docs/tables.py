@@ -174,21 +174,17 @@ def matryoshka() -> str:
     lines: list[list[str | Difference]] = []
     for what, file, own in kinds:
         found = rows(file)
-        block: list[list[str | Difference]] = [
-            [name, *(mean(found, method, size) for size in sizes)]
-            for name, method in (
-                ("base loss, a training a size", summary.BASE),
-                ("PCA of 512 dimensions", "base 512 + PCA"),
-                ("Matryoshka losses", "Matryoshka"),
-                ("S2SD, `matryoshka_dims`", own),
-            )
-        ]
+        for name, method in (
+            ("base loss, a training a size", summary.BASE),
+            ("PCA of 512 dimensions", "base 512 + PCA"),
+            ("Matryoshka losses", "Matryoshka"),
+            ("S2SD, `matryoshka_dims`", own),
+        ):
+            lines.append([what, name, *(mean(found, method, size) for size in sizes)])
+            what = ""  # once a data set
         for name, method in (("a training a size", summary.BASE), ("Matryoshka", "Matryoshka")):
-            cells = [difference(found, own, size, method) for size in sizes]
-            several = [cell if len(cell.points) > 2 else "" for cell in cells]
-            block.append([f"S2SD minus {name}", *several])
-        names = [what, *[""] * len(block)]
-        lines += [[name, *line] for name, line in zip(names, block, strict=False)]
+            cells = (difference(found, own, size, method) for size in sizes)
+            lines.append([what, f"S2SD minus {name}", *cells])
     return table(["data", "Recall@1", *map(str, sizes)], bold(lines), left=2)
 
 
@@ -196,19 +192,19 @@ def teachers() -> str:
     """What an outside teacher gains over the same training without it."""
     small, own = "EfficientNet-lite2, frozen", "own model of 512 dimensions"
     kinds = [
-        ("CUB-200-2011, 64 pixels, 128", small, "no", "cub-64-pixels", "lite2", "base"),
-        ("CUB-200-2011, 64 pixels, 128", small, "yes", "cub-64-pixels", "MSDF and lite2", "MSDF"),
-        ("emoji, 32", own, "no", "emoji", "two-stage distillation", "base"),
-        ("icons-400, 16", own, "no", "icons-400", "two-stage distillation", "base"),
+        ("CUB-200-2011, 64 pixels", 128, small, "no", "cub-64-pixels", "lite2", "base"),
+        ("CUB-200-2011, 64 pixels", 128, small, "yes", "cub-64-pixels", "MSDF and lite2", "MSDF"),
+        ("emoji", 32, own, "no", "emoji", "two-stage distillation", "base"),
+        ("icons-400", 16, own, "no", "icons-400", "two-stage distillation", "base"),
     ]
     lines: list[list[str | Difference]] = []
-    for what, teacher, heads, file, method, base in kinds:
-        found, size = rows(file), int(what.split()[-1])
+    for what, size, teacher, heads, file, method, base in kinds:
+        found = rows(file)
         gain = difference(found, method, size, base)
         seeds = set(summary.values(found, method, size))
         paired = [row for row in found if row["seed"] in seeds]
         means = [mean(paired, name, size) for name in (base, method)]
-        lines.append([what, teacher, heads, *means, gain, str(len(gain.points))])
+        lines.append([f"{what}, {size}", teacher, heads, *means, gain, str(len(gain.points))])
     head = "data, dimensions|teacher|heads as well|without it|with it|difference|seeds"
     return table(head.split("|"), bold(lines), left=3)
 

@@ -380,7 +380,7 @@ def test_other_images_are_another_run(tmp_path, capsys):
 
 @pytest.fixture
 def _interruptible():
-    """A shell starts what it puts in the background without Ctrl-C."""
+    """Also where a shell ignores Ctrl-C for what it starts in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
