@@ -231,6 +231,17 @@ def costs() -> str:
     return table(["", "base loss", "S2SD", "ratio"], lines)
 
 
+def prefixes() -> str:
+    """What three prefixes add to the operations of a loss step."""
+    text = (DOCS / "performance" / "launches.json").read_text(encoding="utf-8")
+    ratio = "with / without prefixes"
+    lines = [
+        [row["loss"], str(row["S2SDLoss"]), str(row["with prefixes"]), f"{row[ratio]:.2f}"]
+        for row in json.loads(text)["rows"]
+    ]
+    return table(["loss", "without", "with 16, 32, 64 of 128", "ratio"], lines)
+
+
 def validation() -> str:
     """What one layer or two and MSDF or MSDFA gain on validation classes."""
     emoji = rows("emoji-gpu-validation")
@@ -278,6 +289,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "costs": costs,
     "gains": gains,
     "matryoshka": matryoshka,
+    "prefixes": prefixes,
     "results": results,
     "teachers": teachers,
     "validation": validation,

@@ -8,6 +8,7 @@ loss space by space.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ KNOWN: dict[type, tuple[str, ...]] = {
     reducers.ThresholdReducer: ("low", "high"),
     reducers.AvgNonZeroReducer: ("low", "high"),
 }
+FROM_COSINES = (distances.CosineSimilarity, distances.LpDistance)
 MULTI_SIMILARITY = losses.MultiSimilarityLoss
 CACHED = 2**18  # entries that a CPU works on at a time, so that they stay in its cache
 METHODS = {kind: frozenset(n for n in dir(kind) if callable(getattr(kind, n))) for kind in KNOWN}
@@ -150,10 +152,19 @@ def _is_watched(module: Any) -> bool:
 
 def _matrices(distance: Any, spaces: Sequence[Tensor], known: Tensor | None = None) -> Tensor:
     """The distances within the batch, in every space: (len(spaces), B, B)."""
-    settings = (getattr(distance, name) for name in ("normalize_embeddings", "p", "power"))
-    if type(distance) is not distances.CosineSimilarity or tuple(settings) != (True, 2, 1):
+    settings = tuple(getattr(distance, name) for name in ("normalize_embeddings", "p", "power"))
+    if type(distance) not in FROM_COSINES or settings != (True, 2, 1):
         return torch.stack([distance(x) for x in spaces])
-    return torch.stack([cosines(x) for x in spaces]) if known is None else known
+    block = torch.stack([cosines(x) for x in spaces]) if known is None else known
+    return _euclidean(block) if type(distance) is distances.LpDistance else block
+
+
+def _euclidean(block: Tensor) -> Tensor:
+    """|x - y| of unit rows (and rows of 0) from x · y; where it is 0 it has no gradient."""
+    squares = block.diagonal(dim1=1, dim2=2)
+    between = torch.sub(squares[:, :, None] + squares[:, None], block, alpha=2)
+    tiny = torch.finfo(block.dtype).tiny  # a power of 4: its root is exact
+    return between.clamp_min(tiny).sqrt() - math.sqrt(tiny)
 
 
 def _pairs(loss: Any, matrix: Tensor, labels: Tensor, indices_tuple: Any) -> tuple[Tensor, Tensor]:

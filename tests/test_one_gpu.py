@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import csv
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from study import compare, one_gpu
@@ -31,3 +36,20 @@ def test_its_results_are_those_of_compare(tmp_path):
     grid, own = (results(tmp_path / folder) for folder in ("grid", "own"))
     for name in METHODS:
         assert grid[name] == own[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_left_in_memory_when_it_is_ended(tmp_path, number):
+    plan, memory = tmp_path / "plan", tmp_path / "memory"
+    plan.write_text("--output grid --sizes 16 --seeds 0 --no-nmi --methods base")
+    memory.mkdir()
+    flags = [plan, "--device", "cpu", "--processes", "1", "--memory", memory, "--output", tmp_path]
+    command = [sys.executable, one_gpu.__file__, *map(str, flags)]
+    process = subprocess.Popen(command, cwd=Path(one_gpu.__file__).parents[2])
+    while not any(memory.glob("*/*.npy")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(60) != 0
+    assert not any(memory.iterdir())

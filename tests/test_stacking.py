@@ -258,7 +258,7 @@ def test_a_value_at_the_threshold_is_left_out(bounds):
     assert found.tolist() == [0.25, 0.25]
 
 
-def test_known_cosines_are_used_for_cosine_similarity_alone():
+def test_known_cosines_are_used_for_distances_that_follow_from_them():
     y, spaces = torch.arange(8) // 2, draw_spaces(8, [3, 4])
     other = draw_spaces(8, [5, 6])
     known = cosine_block(other)
@@ -267,7 +267,10 @@ def test_known_cosines_are_used_for_cosine_similarity_alone():
         (distances.CosineSimilarity(power=2), spaces),
         (distances.CosineSimilarity(p=1), spaces),
         (distances.DotProductSimilarity(), spaces),
-        (distances.LpDistance(), spaces),
+        (distances.LpDistance(), other),
+        (distances.LpDistance(power=2), spaces),
+        (distances.LpDistance(p=1), spaces),
+        (distances.LpDistance(normalize_embeddings=False), spaces),
     ):
         loss = losses.NTXentLoss(distance=distance)
         found = stacked_losses([loss] * 2, [None] * 2, spaces, y, block=known)
@@ -276,6 +279,18 @@ def test_known_cosines_are_used_for_cosine_similarity_alone():
     loss = losses.MultiSimilarityLoss()
     found = stacked_losses([loss] * 2, [miner] * 2, spaces, y, block=cosine_block(spaces))
     torch.testing.assert_close(found, pml(loss, miner, spaces, y), **EXACT)
+
+
+@pytest.mark.parametrize("loss", [losses.ContrastiveLoss(0, 1.3), losses.TripletMarginLoss(0.3)])
+def test_equal_rows_and_rows_of_zeros_have_the_distances_and_gradients_of_pml(loss):
+    y, spaces = torch.arange(8) // 4, [x.detach() for x in draw_spaces(8, [3, 4])]
+    for x in spaces:
+        x[1], x[2], x[5], x[6] = x[0], 2 * x[0], 0, 0
+        x.requires_grad_()
+
+    found = with_gradients(stacked_losses([loss] * 2, [None] * 2, spaces, y), spaces)
+    want = with_gradients(pml(loss, None, spaces, y), spaces)
+    assert_same(found, want, rtol=1e-6, atol=1e-6)
 
 
 def test_a_cosine_that_does_not_normalise_any_more():

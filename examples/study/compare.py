@@ -74,6 +74,7 @@ MSDF, MSDFA = SMALL.format(variant="msdf"), SMALL.format(variant="msdfa")
 # where heads teach the refitted embedder alone
 KL = f"--refit-weight {RECIPE['distill_weight']} {SOFTMAX}"
 HEADS = "--s2sd-only --variant msd --feature-distill-weight 0 --distill-weight 0 {kl}"
+TEACHER = f"--teacher lite2 --teacher-weight {RECIPE['distill_weight']}"
 PREFIXES = "--embedding-size 128 --matryoshka-dims 16 32 64"
 BIG = f"--baseline-only --embedding-size {LARGE} --cut {CUTS}"
 METHODS = {
@@ -103,6 +104,10 @@ METHODS = {
     ),
     "MSDF and lite2": Method("--s2sd-only --variant msdf --teacher lite2"),
     "lite2": Method("--s2sd-only --teacher lite2 --dims --feature-distill-weight 0"),
+    "MSDF and lite2, high-rate": Method(f"{MSDF} {TEACHER}"),
+    "lite2, high-rate": Method(
+        f"--s2sd-only {TEACHER} {SOFTMAX} --dims --feature-distill-weight 0"
+    ),
     "two-stage distillation": Method("--s2sd-only --dims --feature-distill-weight 0", teacher=BIG),
 }
 STOPPED = 130  # the exit status after Ctrl-C

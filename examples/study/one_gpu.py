@@ -18,7 +18,7 @@ import gc
 import multiprocessing
 import os
 import shlex
-import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -292,7 +292,16 @@ def main(argv: list[str] | None = None) -> None:
 def run(cells: Sequence[Cell], args: argparse.Namespace, started: float) -> None:
     """Train the cells that have no results yet."""
     missing = [cell for cell in cells if not cell.path.exists()]
-    folder = Path(tempfile.mkdtemp(dir=args.memory))
+    with tempfile.TemporaryDirectory(dir=args.memory) as folder:
+        train_all(missing, args, started, Path(folder))
+    done = sum(cell.path.exists() for cell in cells)
+    print(f"{time.time() - started:.0f} s: {done} of {len(cells)} cells", flush=True)
+
+
+def train_all(
+    missing: Sequence[Cell], args: argparse.Namespace, started: float, folder: Path
+) -> None:
+    """Crop in this process's croppers, train in the others; the images lie in ``folder``."""
     spawn = multiprocessing.get_context("spawn")
     todo = groups(missing, args.lanes, folder)
     queue, deadline = spawn.Queue(), started + 60 * args.minutes
@@ -310,10 +319,9 @@ def run(cells: Sequence[Cell], args: argparse.Namespace, started: float) -> None
             print(f"{time.time() - started:.0f} s: cropped {crops.steps} steps", flush=True)
     for worker in workers:
         worker.join()
-    shutil.rmtree(folder, ignore_errors=True)
-    done = sum(cell.path.exists() for cell in cells)
-    print(f"{time.time() - started:.0f} s: {done} of {len(cells)} cells", flush=True)
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # deletes the images
     main()
