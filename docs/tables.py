@@ -209,6 +209,38 @@ def teachers() -> str:
     return table(head.split("|"), bold(lines), left=3)
 
 
+def diagnoses() -> str:
+    """Where the weights are too strong: what diagnose.py saw in the first 150 steps."""
+    paper, high, scratch = "γ = 50, T = 1", "`high-rate`", "`from-scratch`"
+    kinds = [
+        ("CUB-200-2011, pretrained, 3e-5", paper, "cub-3e-5"),
+        ("CUB-200-2011, pretrained, 3e-4", paper, "cub-3e-4"),
+        ("emoji, pretrained, 3e-5", paper, "emoji-3e-5"),
+        ("emoji, pretrained, 4e-4", paper, "emoji-4e-4"),
+        ("emoji, pretrained, 4e-4", high, "emoji-high-rate"),
+        ("icons-400, from scratch, 3e-3", paper, "50"),
+        ("icons-400, from scratch, 3e-3", scratch, "from-scratch"),
+    ]
+    lines = []
+    for training, settings, file in kinds:
+        with open(DOCS / "results" / f"diagnosis-{file}.csv", newline="") as opened:
+            every = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(opened)]
+        looks = [row for row in every if row["step"] <= 150]
+        ratios = [row["distill on embedder"] / row["base on embedder"] for row in looks]
+        last = looks[-1]
+        heads = [k.removeprefix("agreement with ") for k in last if "with head" in k]
+        best = max(heads, key=lambda head: last[f"Recall@1 of {head}"])
+        recalls = (last[f"Recall@1 of {space}"] for space in ("student", "features", best))
+        share = f"{min(ratios):.1f} to {max(ratios):.1f}"
+        agreement = f"{last[f'agreement with {heads[-1]}']:.2f}"
+        lines.append([training, settings, share, *(f"{100 * r:.1f}" for r in recalls), agreement])
+    head = (
+        "training and learning rate|settings|distill over base|student|features|best head|"
+        "agreement with the largest head"
+    )
+    return table(head.split("|"), lines, left=2)
+
+
 def milliseconds(value: float) -> str:
     """Three digits, or all before the point."""
     return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
@@ -287,6 +319,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "alternatives": alternatives,
     "batches": batches,
     "costs": costs,
+    "diagnoses": diagnoses,
     "gains": gains,
     "matryoshka": matryoshka,
     "prefixes": prefixes,

@@ -37,9 +37,9 @@ from s2sd_pml import S2SDLoss, stacking
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of trainer and study
 
-from trainer import export, options, report, training
+from trainer import options, report, training
 from trainer.images import Split
-from trainer.main import makers_of
+from trainer.main import finish, makers_of
 
 from study import compare
 from study.compare import BASE, Cell
@@ -154,10 +154,7 @@ class Lane:
         cuts = args.cut if run.name == BASE else ()
         run.score(self.split, 0, cuts, args.matryoshka_dims, args.nmi)
         args.output.mkdir(parents=True, exist_ok=True)
-        report.write(args, [run], self.split)
-        if args.export:
-            some, _ = self.split.test[list(range(64)), None]
-            export.write(run.model, args.export, some.to(args.device))
+        finish(args, args, [run], self.split)
         compare.keep(self.cell, seconds)
 
 
