@@ -52,7 +52,7 @@ KNOWN: dict[type, tuple[str, ...]] = {
     reducers.ThresholdReducer: ("low", "high"),
     reducers.AvgNonZeroReducer: ("low", "high"),
 }
-FROM_COSINES = (distances.CosineSimilarity, distances.LpDistance)
+SUBTRACTED = 25  # rows up to which torch.cdist, and so LpDistance, subtracts them
 MULTI_SIMILARITY = losses.MultiSimilarityLoss
 CACHED = 2**18  # entries that a CPU works on at a time, so that they stay in its cache
 METHODS = {kind: frozenset(n for n in dir(kind) if callable(getattr(kind, n))) for kind in KNOWN}
@@ -114,8 +114,8 @@ def agrees_with_pml(loss: Any, miner: Any) -> bool:
     # A loss may be built under no_grad (which the first one ends, too), or on the meta device.
     with torch.inference_mode(False), torch.device("cpu"):
         loss, miner = copy.deepcopy(loss), copy.deepcopy(miner)
-        labels = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3])
-        numbers = [torch.arange(8.0 * d, dtype=torch.float64).view(8, d) for d in (3, 5)]
+        labels = torch.tensor([0, *range(29)]) // 3  # uneven classes; more than SUBTRACTED rows
+        numbers = [torch.arange(30.0 * d, dtype=torch.float64).view(30, d) for d in (3, 5)]
         spaces = [x.mul(x.shape[1]).sin().requires_grad_() for x in numbers]
         try:
             ours = with_gradients(stacked_losses([loss] * 2, [miner] * 2, spaces, labels).unbind())
@@ -153,14 +153,16 @@ def _is_watched(module: Any) -> bool:
 def _matrices(distance: Any, spaces: Sequence[Tensor], known: Tensor | None = None) -> Tensor:
     """The distances within the batch, in every space: (len(spaces), B, B)."""
     settings = tuple(getattr(distance, name) for name in ("normalize_embeddings", "p", "power"))
-    if type(distance) not in FROM_COSINES or settings != (True, 2, 1):
+    euclidean = type(distance) is distances.LpDistance and len(spaces[0]) > SUBTRACTED
+    cosine = type(distance) is distances.CosineSimilarity
+    if settings != (True, 2, 1) or not (euclidean or cosine):
         return torch.stack([distance(x) for x in spaces])
     block = torch.stack([cosines(x) for x in spaces]) if known is None else known
-    return _euclidean(block) if type(distance) is distances.LpDistance else block
+    return _euclidean(block) if euclidean else block
 
 
 def _euclidean(block: Tensor) -> Tensor:
-    """|x - y| of unit rows (and rows of 0) from x · y; where it is 0 it has no gradient."""
+    """|x - y| from x · y, as torch.cdist has it; where it is 0 it has no gradient."""
     squares = block.diagonal(dim1=1, dim2=2)
     between = torch.sub(squares[:, :, None] + squares[:, None], block, alpha=2)
     tiny = torch.finfo(block.dtype).tiny  # a power of 4: its root is exact

@@ -39,17 +39,21 @@ def test_its_results_are_those_of_compare(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_nothing_is_left_in_memory_when_it_is_ended(tmp_path, number):
+@pytest.mark.parametrize(("number", "sight"), [(signal.SIGTERM, "npy"), (signal.SIGINT, "ready")])
+def test_nothing_is_left_in_memory_when_it_is_ended(tmp_path, number, sight):
+    """While images are cropped, and while they are trained on."""
     plan, memory = tmp_path / "plan", tmp_path / "memory"
     plan.write_text("--output grid --sizes 16 --seeds 0 --no-nmi --methods base")
     memory.mkdir()
     flags = [plan, "--device", "cpu", "--processes", "1", "--memory", memory, "--output", tmp_path]
     command = [sys.executable, one_gpu.__file__, *map(str, flags)]
     process = subprocess.Popen(command, cwd=Path(one_gpu.__file__).parents[2])
-    while not any(memory.glob("*/*.npy")):
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(number)
-    assert process.wait(60) != 0
+    try:
+        while not any(memory.glob(f"*/*.{sight}")):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    finally:
+        process.kill()
     assert not any(memory.iterdir())

@@ -259,8 +259,8 @@ def test_a_value_at_the_threshold_is_left_out(bounds):
 
 
 def test_known_cosines_are_used_for_distances_that_follow_from_them():
-    y, spaces = torch.arange(8) // 2, draw_spaces(8, [3, 4])
-    other = draw_spaces(8, [5, 6])
+    y, spaces = torch.arange(26) // 2, draw_spaces(26, [3, 4])
+    other = draw_spaces(26, [5, 6])
     known = cosine_block(other)
     for distance, of in (
         (distances.CosineSimilarity(), other),
@@ -281,16 +281,33 @@ def test_known_cosines_are_used_for_distances_that_follow_from_them():
     torch.testing.assert_close(found, pml(loss, miner, spaces, y), **EXACT)
 
 
-@pytest.mark.parametrize("loss", [losses.ContrastiveLoss(0, 1.3), losses.TripletMarginLoss(0.3)])
-def test_equal_rows_and_rows_of_zeros_have_the_distances_and_gradients_of_pml(loss):
-    y, spaces = torch.arange(8) // 4, [x.detach() for x in draw_spaces(8, [3, 4])]
+@pytest.mark.parametrize("rows", [25, 26, 40])  # torch.cdist subtracts up to 25
+@pytest.mark.parametrize(
+    "kind", [losses.ContrastiveLoss, losses.TripletMarginLoss, losses.LiftedStructureLoss]
+)
+def test_default_distances_of_few_and_of_many_rows(kind, rows):
+    y, spaces = torch.arange(rows) % 7, draw_spaces(rows, [8, 16, 12])
+    found = with_gradients(stacked_losses([kind()] * 3, [None] * 3, spaces, y), spaces)
+    assert_same(found, with_gradients(pml(kind(), None, spaces, y), spaces))
+
+
+def test_equal_rows_and_rows_of_zeros_have_the_distances_and_gradients_of_pml():
+    """PML's own distances of equal rows are 0 but for rounding, so that none is left out as 0."""
+    loss = losses.ContrastiveLoss(0, 1.3, reducer=reducers.MeanReducer())
+    y, spaces = torch.arange(40) // 4, [x.detach() for x in draw_spaces(40, [8, 12])]
     for x in spaces:
         x[1], x[2], x[5], x[6] = x[0], 2 * x[0], 0, 0
         x.requires_grad_()
-
     found = with_gradients(stacked_losses([loss] * 2, [None] * 2, spaces, y), spaces)
     want = with_gradients(pml(loss, None, spaces, y), spaces)
     assert_same(found, want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_distance_of_zero_counts_as_zero():
+    """AvgNonZeroReducer leaves it out."""
+    assert stacking._euclidean(torch.ones(1, 3, 3)).eq(0).all()
+    block = torch.ones(1, 3, 3, requires_grad=True)
+    assert torch.autograd.grad(stacking._euclidean(block).sum(), block)[0].eq(0).all()
 
 
 def test_a_cosine_that_does_not_normalise_any_more():

@@ -286,6 +286,21 @@ def main(argv: list[str] | None = None) -> None:
         compare.write(output, entries)
 
 
+def end_when_asked() -> None:
+    """Ctrl-C and SIGTERM end the grid once, and it deletes its images."""
+    signals, grid = (signal.SIGINT, signal.SIGTERM), os.getpid()
+
+    def end(number: int, _: Any) -> None:
+        if os.getpid() != grid:  # a cropper
+            os._exit(128 + number)
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for each in signals:
+        signal.signal(each, end)
+
+
 def run(cells: Sequence[Cell], args: argparse.Namespace, started: float) -> None:
     """Train the cells that have no results yet."""
     missing = [cell for cell in cells if not cell.path.exists()]
@@ -319,6 +334,5 @@ def train_all(
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # deletes the images
+    end_when_asked()
     main()
