@@ -105,7 +105,7 @@ def table(head: list[str], lines: list[list[str]], left: int = 1) -> str:
 SMALL, MSDFA = "MSDF, high-rate", "MSDFA, high-rate"  # the recipe
 REFITTED = ", refitted embedder"
 RESULTS = [  # data and training, result file, S2SD's method, the baseline, sizes
-    ("CUB-200-2011, pretrained, the paper's weights", "cub", "MSDF", "base", (32, 128)),
+    ("CUB-200-2011, pretrained, the paper's settings", "cub", "MSDF", "base", (32, 128)),
     ("CUB-200-2011, both with a refitted embedder", "cub", "MSDF" + REFITTED, "base" + REFITTED,
      (128,)),
     ("emoji, pretrained, high rate", "emoji", SMALL, "base", (16, 32, 64, 128)),
@@ -151,7 +151,7 @@ def gains() -> str:
     """What S2SD gains, by embedding size."""
     sizes = (16, 32, 64, 128)
     kinds = [
-        ("CUB-200-2011, pretrained, the paper's weights", "cub", "MSDF", "base"),
+        ("CUB-200-2011, pretrained, the paper's settings", "cub", "MSDF", "base"),
         ("emoji, pretrained, high rate", "emoji", SMALL, "base"),
         ("icons-400, from scratch", "icons-400-from-scratch", "MSDF", "base"),
     ]
@@ -172,6 +172,10 @@ def matryoshka() -> str:
     ]
     sizes = (16, 32, 64, 128)
     lines: list[list[str | Difference]] = []
+
+    def seeds(counts: Iterable[int]) -> str:
+        return " to ".join(map(str, sorted({min(counts), max(counts)})))
+
     for what, file, own in kinds:
         found = rows(file)
         for name, method in (
@@ -180,12 +184,19 @@ def matryoshka() -> str:
             ("Matryoshka losses", "Matryoshka"),
             ("S2SD, `matryoshka_dims`", own),
         ):
-            lines.append([what, name, *(mean(found, method, size) for size in sizes)])
+            counts = [len(summary.values(found, method, size)) for size in sizes]
+            means = (mean(found, method, size) for size in sizes)
+            lines.append([what, name, *means, seeds(counts)])
             what = ""  # once a data set
-        for name, method in (("a training a size", summary.BASE), ("Matryoshka", "Matryoshka")):
-            cells = (difference(found, own, size, method) for size in sizes)
-            lines.append([what, f"S2SD minus {name}", *cells])
-    return table(["data", "Recall@1", *map(str, sizes)], bold(lines), left=2)
+        for name, method in (
+            ("a training a size", summary.BASE),
+            ("PCA", "base 512 + PCA"),
+            ("Matryoshka", "Matryoshka"),
+        ):
+            cells = [difference(found, own, size, method) for size in sizes]
+            counts = [len(cell.points) for cell in cells]
+            lines.append([what, f"S2SD minus {name}", *cells, seeds(counts)])
+    return table(["data", "Recall@1", *map(str, sizes), "seeds"], bold(lines), left=2)
 
 
 def teachers() -> str:
@@ -194,6 +205,8 @@ def teachers() -> str:
     kinds = [
         ("CUB-200-2011, 64 pixels", 128, small, "no", "cub-64-pixels", "lite2", "base"),
         ("CUB-200-2011, 64 pixels", 128, small, "yes", "cub-64-pixels", "MSDF and lite2", "MSDF"),
+        ("emoji", 32, small, "no", "emoji", "lite2, high-rate", "base"),
+        ("emoji", 32, small, "yes", "emoji", "MSDF and lite2, high-rate", SMALL),
         ("emoji", 32, own, "no", "emoji", "two-stage distillation", "base"),
         ("icons-400", 16, own, "no", "icons-400", "two-stage distillation", "base"),
     ]
@@ -210,35 +223,35 @@ def teachers() -> str:
 
 
 def diagnoses() -> str:
-    """Where the weights are too strong: what diagnose.py saw in the first 150 steps."""
-    paper, high, scratch = "γ = 50, T = 1", "`high-rate`", "`from-scratch`"
+    """Where the weights are too strong: what diagnose.py saw in the first 160 steps."""
+    paper, ten = "γ = 50, T = 1", "γ = 10, T = 1"
     kinds = [
-        ("CUB-200-2011, pretrained, 3e-5", paper, "cub-3e-5"),
-        ("CUB-200-2011, pretrained, 3e-4", paper, "cub-3e-4"),
-        ("emoji, pretrained, 3e-5", paper, "emoji-3e-5"),
-        ("emoji, pretrained, 4e-4", paper, "emoji-4e-4"),
-        ("emoji, pretrained, 4e-4", high, "emoji-high-rate"),
-        ("icons-400, from scratch, 3e-3", paper, "50"),
-        ("icons-400, from scratch, 3e-3", scratch, "from-scratch"),
+        ("CUB-200-2011", 128, "3e-5", paper, "cub-3e-5"),
+        ("CUB-200-2011", 128, "3e-4", paper, "cub-3e-4"),
+        ("emoji", 32, "4e-4", paper, "emoji-4e-4"),
+        ("emoji", 32, "4e-4", "`high-rate`", "emoji-high-rate"),
+        ("icons-400, from scratch", 16, "3e-3", paper, "50"),
+        ("icons-400, from scratch", 16, "3e-3", ten, "10"),
+        ("icons-400, from scratch", 16, "3e-3", "`from-scratch`", "from-scratch"),
     ]
     lines = []
-    for training, settings, file in kinds:
+    for data, size, rate, settings, file in kinds:
         with open(DOCS / "results" / f"diagnosis-{file}.csv", newline="") as opened:
             every = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(opened)]
-        looks = [row for row in every if row["step"] <= 150]
+        looks = [row for row in every if row["step"] <= 160]
         ratios = [row["distill on embedder"] / row["base on embedder"] for row in looks]
         last = looks[-1]
         heads = [k.removeprefix("agreement with ") for k in last if "with head" in k]
         best = max(heads, key=lambda head: last[f"Recall@1 of {head}"])
         recalls = (last[f"Recall@1 of {space}"] for space in ("student", "features", best))
         share = f"{min(ratios):.1f} to {max(ratios):.1f}"
-        agreement = f"{last[f'agreement with {heads[-1]}']:.2f}"
-        lines.append([training, settings, share, *(f"{100 * r:.1f}" for r in recalls), agreement])
+        shown = (f"{100 * r:.1f}" for r in recalls)
+        lines.append([data, str(size), rate, settings, share, *shown, f"{last['step']:.0f}"])
     head = (
-        "training and learning rate|settings|distill over base|student|features|best head|"
-        "agreement with the largest head"
+        "data|dimensions|learning rate|settings|distill over base|student|features|best head|"
+        "after steps"
     )
-    return table(head.split("|"), lines, left=2)
+    return table(head.split("|"), lines, left=4)
 
 
 def milliseconds(value: float) -> str:
