@@ -159,11 +159,11 @@ def test_similarities_are_computed_once_or_in_chunks(chunk_size, matrices, monke
         shapes.append(x.shape)
         return cosines(x)
 
-    for module in ("similarity", "stacking"):
-        monkeypatch.setattr(f"s2sd_pml.{module}.cosines", counted)
     kwargs = {"feature_dim": F_DIM, "head_dims": DIMS, "feature_distill_delay": 0}
     loss = losses.MultiSimilarityLoss(distance=distances.LpDistance())
     loss_func = S2SDLoss(loss, chunk_size=chunk_size, **kwargs)
+    for module in ("similarity", "stacking"):
+        monkeypatch.setattr(f"s2sd_pml.{module}.cosines", counted)
     loss_func(torch.randn(B, D), Y, features=torch.randn(B, F_DIM))
     assert len(shapes) == matrices
 
