@@ -90,17 +90,18 @@ def stacked_losses(
         block: the cosine similarities in every space, (spaces, B, B), if they are known.
     """
     loss, miner = losses[0], miners[0]
-    block = _matrices(loss.distance, spaces, block)
+    matrices = _matrices(loss.distance, spaces, block)
     if type(loss) in PAIR_LOSSES:
-        terms = _by_pairs(loss, block, labels, indices_tuple)
+        terms = _by_pairs(loss, matrices, labels, indices_tuple)
     else:
-        pairs = _pairs(loss, block[0], labels, indices_tuple)
+        pairs = _pairs(loss, matrices[0], labels, indices_tuple)
         mined_on = None
         if miner is not None:
             with torch.no_grad():
                 same = _signature(miner.distance) == _signature(loss.distance)
-                mined_on = block.detach() if same else _matrices(miner.distance, spaces)
-        terms = _by_rows(loss, block, pairs, miner, mined_on)
+                mined_on = matrices if same else _matrices(miner.distance, spaces, block)
+                mined_on = mined_on.detach()
+        terms = _by_rows(loss, matrices, pairs, miner, mined_on)
     values = [_reduced(_reducer(loss, name), term) for name, term in terms.items()]
     return values[0] if len(values) == 1 else torch.stack(values).sum(dim=0)
 
