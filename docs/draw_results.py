@@ -6,7 +6,6 @@ letters have a grey that shows on light and dark pages.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,8 +161,7 @@ LINES = {  # of the diagnosis: column, label, colour, dashes
 
 def diagnosis(name: str, file: str, weights: str) -> None:
     """Gradients of the weighted terms, and agreement with the teachers, over training."""
-    with open(tables.DOCS / "results" / f"{file}.csv", newline="") as handle:
-        found = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(handle)]
+    found = tables.diagnosis(file)
     step = [row["step"] for row in found]
     figure, axes = plt.subplots(1, 3, figsize=(11.5, 4), layout="constrained")
     for ax, where in zip(axes, ("trunk", "embedder"), strict=False):
@@ -217,9 +215,9 @@ def draw() -> None:
         "study-settings", "icons-400-settings-validation",
         "icons-400, small network, held-out training classes, 16 dimensions", 16,
     )  # fmt: skip
-    diagnosis("study-diagnosis-50", "diagnosis-50", "γ = γ_f = 50, T = 1")
-    diagnosis("study-diagnosis-10", "diagnosis-10", "γ = γ_f = 10, T = 1")
-    diagnosis("study-diagnosis-soft", "diagnosis-soft", "γ = 20, T = 0.1, no diagonal")
+    diagnosis("study-diagnosis-50", "50", "γ = γ_f = 50, T = 1")
+    diagnosis("study-diagnosis-10", "10", "γ = γ_f = 10, T = 1")
+    diagnosis("study-diagnosis-soft", "soft", "γ = 20, T = 0.1, no diagonal")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def gains() -> str:
 
 
 def matryoshka() -> str:
-    """One training for all sizes, with S2SD and without, against a training a size."""
+    """One training for all sizes, with S2SD and without, against a model for each size."""
     kinds = [
         ("CUB-200-2011, 64 pixels", "cub-64-pixels", "MSDF, Matryoshka"),
         ("emoji", "emoji", f"{SMALL}, Matryoshka"),
@@ -179,7 +179,7 @@ def matryoshka() -> str:
     for what, file, own in kinds:
         found = rows(file)
         for name, method in (
-            ("base loss, a training a size", summary.BASE),
+            ("base loss, a model for each size", summary.BASE),
             ("PCA of 512 dimensions", "base 512 + PCA"),
             ("Matryoshka losses", "Matryoshka"),
             ("S2SD, `matryoshka_dims`", own),
@@ -189,7 +189,7 @@ def matryoshka() -> str:
             lines.append([what, name, *means, seeds(counts)])
             what = ""  # once a data set
         for name, method in (
-            ("a training a size", summary.BASE),
+            ("base loss", summary.BASE),
             ("PCA", "base 512 + PCA"),
             ("Matryoshka", "Matryoshka"),
         ):
@@ -222,6 +222,12 @@ def teachers() -> str:
     return table(head.split("|"), bold(lines), left=3)
 
 
+def diagnosis(name: str) -> list[dict[str, float]]:
+    """What diagnose.py wrote after every epoch of a run."""
+    with open(DOCS / "results" / f"diagnosis-{name}.csv", newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
 def diagnoses() -> str:
     """Where the weights are too strong: what diagnose.py saw in the first 160 steps."""
     paper, ten = "γ = 50, T = 1", "γ = 10, T = 1"
@@ -236,9 +242,7 @@ def diagnoses() -> str:
     ]
     lines = []
     for data, size, rate, settings, file in kinds:
-        with open(DOCS / "results" / f"diagnosis-{file}.csv", newline="") as opened:
-            every = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(opened)]
-        looks = [row for row in every if row["step"] <= 160]
+        looks = [row for row in diagnosis(file) if row["step"] <= 160]
         ratios = [row["distill on embedder"] / row["base on embedder"] for row in looks]
         last = looks[-1]
         heads = [k.removeprefix("agreement with ") for k in last if "with head" in k]
@@ -259,6 +263,13 @@ def milliseconds(value: float) -> str:
     return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
+def measured(name: str) -> list[dict[str, Any]]:
+    """The rows of a benchmark."""
+    text = (DOCS / "performance" / f"{name}.json").read_text(encoding="utf-8")
+    found: list[dict[str, Any]] = json.loads(text)["rows"]
+    return found
+
+
 def costs() -> str:
     """What S2SD costs in time and memory, from the files of docs/performance."""
     lines = []
@@ -266,8 +277,7 @@ def costs() -> str:
         ("full-step", "pixels", "training step, EfficientNet-lite0, {} pixels"),
         ("loss-step", "batch", "the loss alone, 2048 features, batch {}"),
     ):
-        result = json.loads((DOCS / "performance" / f"{name}.json").read_text(encoding="utf-8"))
-        for row in result["rows"]:
+        for row in measured(name):
             times = [milliseconds(row[f"{loss} ms"]) for loss in ("base loss", "S2SDLoss")]
             if row.get("mode", "eager") == "eager":
                 lines.append([what.format(row[key]), *times, f"{row['S2SDLoss / base']:.2f}"])
@@ -278,11 +288,10 @@ def costs() -> str:
 
 def prefixes() -> str:
     """What three prefixes add to the operations of a loss step."""
-    text = (DOCS / "performance" / "launches.json").read_text(encoding="utf-8")
     ratio = "with / without prefixes"
     lines = [
         [row["loss"], str(row["S2SDLoss"]), str(row["with prefixes"]), f"{row[ratio]:.2f}"]
-        for row in json.loads(text)["rows"]
+        for row in measured("launches")
     ]
     return table(["loss", "without", "with 16, 32, 64 of 128", "ratio"], lines)
 

@@ -37,7 +37,7 @@ from s2sd_pml import S2SDLoss, stacking
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of trainer and study
 
-from trainer import options, report, training
+from trainer import options, report, stop, training
 from trainer.images import Split
 from trainer.main import finish, makers_of
 
@@ -288,16 +288,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def end_when_asked() -> None:
     """Ctrl-C and SIGTERM end the grid once, and it deletes its images."""
-    signals, grid = (signal.SIGINT, signal.SIGTERM), os.getpid()
+    grid = os.getpid()
 
     def end(number: int, _: Any) -> None:
         if os.getpid() != grid:  # a cropper
             os._exit(128 + number)
-        for each in signals:
+        for each in stop.SIGNALS:
             signal.signal(each, signal.SIG_IGN)
         sys.exit(128 + number)
 
-    for each in signals:
+    for each in stop.SIGNALS:
         signal.signal(each, end)
 
 
