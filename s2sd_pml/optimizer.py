@@ -236,8 +236,9 @@ class OptimizerGuard:
                 kind = "betas" in group, "eps" in group  # rates of Adam and of SGD do not compare
                 self._rates[of] = max(self._rates.get(of, (kind, 0.0)), (kind, float(rate)))
         parameters = (p for m in modules.values() for p in m.parameters())
-        first = next((p for p in parameters if p.grad is not None), None)
-        if first is not None and id(first) in held:  # have two steps used one gradient of it?
+        # Gradients are read only of what this optimizer holds: others may be at work in a thread.
+        first = next((p for p in parameters if id(p) in held and p.grad is not None), None)
+        if first is not None:  # have two steps used one gradient of it?
             old, now = self._grads, [p.grad for p in (first, *leaves)]
             pairs = zip(old, now, strict=False)
             same = [r is not None and g is not None and r() is g for r, g in pairs]
@@ -320,14 +321,14 @@ _hooks: list[Any] = []
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not is_compiling():
-        for guard in list(_watching.values()):
+        for guard in _alive(_watching.valuerefs()):
             guard.about_to_step(optimizer)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not is_compiling():
         _stepped.add(optimizer)
-        for guard in list(_watching.values()):
+        for guard in _alive(_watching.valuerefs()):
             guard.stepped(optimizer)
 
 

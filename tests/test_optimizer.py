@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import sys
 import warnings
 import weakref
 
@@ -357,6 +358,46 @@ def test_the_steps_of_another_model_do_not_count():
         zero_grad = stranger.zero_grad
 
     assert not run(model, loss_func, Stranger(), steps=20)
+
+
+def test_gradients_are_read_only_in_the_steps_of_their_own_optimizer():
+    """Another optimizer may step in another thread, while a backward writes these gradients."""
+    read = []
+
+    class Watched(nn.Parameter):
+        @property
+        def grad(self):
+            read.append(self)
+            return super().grad
+
+    model, loss_func = make()
+    other = nn.Parameter(torch.zeros(1))
+    other.grad = torch.ones(1)
+    for layer in (model.embedder, *(b.head.hidden for b in loss_func.branches.values())):
+        layer.weight = Watched(layer.weight.detach())
+    loss_func(model(images()), labels()).backward()
+    torch.optim.SGD([other], lr=0.1).step()
+    assert not read
+    torch.optim.SGD([*model.parameters(), *loss_func.parameters()], lr=0.1).step()
+    assert read  # whoever reads them is seen
+
+
+def test_losses_may_be_made_while_the_watching_ones_are_listed():
+    """As another thread may do at any call in between."""
+
+    def make_one(frame=None, *event):
+        if frame is None or frame.f_code.co_filename == weakref.__file__:
+            guards.append(optimizer.OptimizerGuard())
+            guards[-1]._watch()
+
+    guards, sgd = [], torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    make_one(), make_one()
+    sys.setprofile(make_one)
+    try:
+        sgd.step()
+    finally:
+        sys.setprofile(None)
+    assert len(guards) > 2
 
 
 def test_gan_loop_with_heads_in_the_discriminators_optimizer_is_silent():
