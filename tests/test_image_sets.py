@@ -12,7 +12,7 @@ import torch
 import train
 from PIL import Image
 from test_examples import final, read
-from trainer import image_sets, options, ranks
+from trainer import icons, image_sets, options, ranks
 from trainer.images import Batches, Files, crop
 from trees import PER_CLASS, TREES, cub200, folder, inshop, table
 
@@ -174,11 +174,15 @@ def test_what_is_wrong_with_the_images_is_reported(tmp_path, capsys):
         "cars196": "has no names.csv",
         "sop": "datasets.StanfordOnlineProducts(FOLDER, download=True)",
         "inshop": "has no Eval/list_eval_partition.txt",
+        "icons400": "is no file that build_icons400.py writes. For your own images name",
         "folder": "no images to train",
     }.items():
         old = image_sets.datasets is None and dataset in ("cub200", "cars196", "sop")
         words = "needs pytorch-metric-learning 2.9 or later" if old else words
         assert words in refused("--dataset", dataset, "--root", empty)
+    (tmp_path / "other.npz").write_bytes(b"")
+    words = "other.npz is no file that build_icons400.py writes"
+    assert words in refused("--root", tmp_path / "other.npz")
     root = folder(tmp_path / "tree")
     too_many = "--batch-size 64 --per-class 2".split()
     words = "--batch-size 64 with --per-class 2 needs 32 classes, and there are 6 to train with"
@@ -203,6 +207,19 @@ def test_what_is_wrong_with_the_images_is_reported(tmp_path, capsys):
     file = shop / "Eval" / "list_eval_partition.txt"
     file.write_text(file.read_text().replace("query", "qurey"))
     assert "part 'qurey', which is none of" in refused("--dataset", "inshop", "--root", shop)
+
+
+def test_another_file_of_drawings_is_read_by_halves(tmp_path):
+    with np.load(icons.PATH) as data:
+        few = {name: array[: len(array) * 50 // 400] for name, array in data.items()}
+    np.savez(tmp_path / "few.npz", **few)
+    args = options.parse(options.parser(), ["--root", str(tmp_path / "few.npz")])
+    split = image_sets.load(args)
+    assert split.train.names == few["names"][:25].tolist()
+    assert split.test.names == few["names"][25:].tolist()
+    assert split.test.labels.bincount().tolist() == [8] * 25
+    whole = icons.load().classes(25, 50).images
+    assert torch.equal(split.test.images(range(200), None), whole)
 
 
 def read_as(tmp_path, image, name="image.png", **options):

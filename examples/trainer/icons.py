@@ -1,4 +1,7 @@
-"""icons-400: 400 concepts, each drawn by 8 icon families; 200 classes to train, 200 unseen."""
+"""icons-400: 400 concepts, each drawn by 8 icon families; 200 classes to train, 200 unseen.
+
+``build_icons400.py --others`` makes other files of the same form.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class Icons(NamedTuple):
 
 
 def load(path: Path = PATH) -> Icons:
-    """All 400 classes."""
+    """All classes of a file."""
     with np.load(path) as data:
         packed, labels, names = data["images"], data["labels"], data["names"]
     pixels = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1, 1, 32, 32)
@@ -37,8 +40,9 @@ def load(path: Path = PATH) -> Icons:
 
 
 def split(icons: Icons) -> tuple[Icons, Icons]:
-    """Training set and test set: the first and the last 200 classes."""
-    return icons.classes(0, 200), icons.classes(200, 400)
+    """Training set and test set: the first and the second half of the classes."""
+    half = len(icons.names) // 2
+    return icons.classes(0, half), icons.classes(half, len(icons.names))
 
 
 def prepare(images: Tensor, seeds: Sequence[int] | None) -> Tensor:

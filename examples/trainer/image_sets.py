@@ -19,6 +19,7 @@ import csv
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from zipfile import BadZipFile
 
 import torch
 
@@ -42,7 +43,14 @@ def load(args: argparse.Namespace) -> Split:
 
 
 def icons400(args: argparse.Namespace) -> Split:
-    parts = icons.split(icons.load())
+    path = icons.PATH if args.root is None else _given(args)
+    try:
+        parts = icons.split(icons.load(path))
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile):
+        raise ValueError(
+            f"--root {path} is no file that build_icons400.py writes. For your own images name "
+            "their form as well, such as --dataset folder"
+        ) from None
     return Split(*(InMemory(p.images, p.labels, p.names, icons.prepare) for p in parts))
 
 

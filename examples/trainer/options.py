@@ -68,7 +68,7 @@ def _data(main: argparse.ArgumentParser) -> None:
     add = main.add_argument_group("data").add_argument
     sets = " ".join(SETS)
     add("--dataset", choices=SETS, default="icons400", metavar="NAME", help=sets)
-    add("--root", type=Path, metavar="PATH", help="folder or table of the images; emoji: cache")
+    add("--root", type=Path, metavar="PATH", help="of the images; emoji: cache; icons400: a file")
     add("--image-size", type=positive, metavar="PIXELS", help="of files [224]")
     add("--workers", type=count, default=0, metavar="N", help="processes that load images")
     add("--validation", **switch(), help="test on held-out training classes, to choose settings")
