@@ -87,6 +87,8 @@ METHODS = {
     "MSDF, high-rate": Method(MSDF),
     "MSDFA, high-rate": Method(MSDFA),
     "base, twice the steps": Method("--baseline-only --epochs {twice}", "base"),
+    "MSDF, twice the steps": Method("--s2sd-only --variant msdf --epochs {twice}"),
+    "MSDF, high-rate, twice the steps": Method(f"{MSDF} --epochs {{twice}}"),
     f"base, {REFIT}": Method("--baseline-only", f"base, {REFIT}"),
     f"MSDF, {REFIT}": Method("--s2sd-only --variant msdf", f"S2SD, {REFIT}"),
     f"heads, {REFIT}": Method(HEADS, f"S2SD, {REFIT}"),
