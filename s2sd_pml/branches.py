@@ -114,17 +114,9 @@ class MetricLosses(NamedTuple):
         values = []
         for k, miner in enumerate(self.miners):
             pairs = batch.indices_tuple if k == 0 or miner is None else None
-            values.append(
-                metric_loss(
-                    self.losses[k],
-                    miner,
-                    batch.spaces[k],
-                    batch.labels,
-                    pairs,
-                    batch.refs[k],
-                    batch.ref_labels,
-                ).to(batch.spaces[0].dtype)
-            )
+            others = batch.labels, pairs, batch.refs[k], batch.ref_labels
+            value = metric_loss(self.losses[k], miner, batch.spaces[k], *others)
+            values.append(value.to(batch.spaces[0].dtype))
         return torch.stack(values)
 
 

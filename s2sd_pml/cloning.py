@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from pytorch_metric_learning import losses
-from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch import Tensor, nn
 
 from .errors import ArgumentError, UnsupportedLossError
@@ -104,8 +103,8 @@ def _resize(loss: nn.Module, embedding_size: int) -> None:
         loss.reset_queue()
     inner: list[nn.Module] = []
     if isinstance(loss, losses.MultipleLosses):
-        inner = list(loss.losses.values() if loss.is_dict else loss.losses)
-    elif isinstance(loss, (losses.BaseLossWrapper, DistributedLossWrapper)):
+        inner = list(loss.losses.children())
+    elif isinstance(loss, losses.BaseLossWrapper):
         inner = [loss.loss]
     for module in inner:
         _resize(module, embedding_size)

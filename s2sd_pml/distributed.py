@@ -120,10 +120,12 @@ class Gather:
 
         Heads that are built alike and trained apart differ from the first step of the optimizer on.
         """
-        if self.world_size > 1 and teachers:
-            shapes = {name: x.shape[1] for name, x in teachers.items()}
-            self._teachers, self._shapes = zlib.crc32(repr(shapes).encode()), shapes
-        step = loss.step if self.world_size > 1 else 3
+        if self.world_size == 1:
+            return
+        if teachers:
+            self._shapes = {name: x.shape[1] for name, x in teachers.items()}
+            self._teachers = zlib.crc32(repr(self._shapes).encode())
+        step = loss.step
         if (step & (step - 1) == 0 or step % 256 == 0) and not any(
             "FullySharded" in type(m).__name__ for m in loss.modules()
         ):

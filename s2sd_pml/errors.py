@@ -36,11 +36,11 @@ class DistributedError(S2SDError):
 
 
 class S2SDWarning(UserWarning):
-    """Base class of all warnings; also raised where the ranks train different heads."""
+    """Base class of all warnings, and the class of those of other things than the heads."""
 
 
 class OptimizerWarning(S2SDWarning):
-    """The model is trained but the auxiliary heads are not: no optimizer holds them."""
+    """The auxiliary heads are not trained, or badly: in no optimizer, or as the warning says."""
 
 
 def outside() -> int:

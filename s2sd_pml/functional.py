@@ -78,14 +78,14 @@ def relation_kl_reference(
         return similarities.log_softmax(dim=1)
 
     with torch.autocast(student.device.type, enabled=False):
-        log_student, divergences = log_relations(student), [student.new_zeros(0)]
+        log_student, divergences = log_relations(student), []
         for teacher in teachers:
             log_teacher = log_relations(teacher.detach().to(log_student.dtype))
             terms = log_teacher.exp() * (log_teacher - log_student)
             if exclude_self:  # 0 (-inf - -inf) counts as 0
                 terms = terms.masked_fill(torch.eye(len(terms), device=terms.device).bool(), 0)
-            divergences.append(temperature**2 * terms.sum(dim=1).mean().reshape(1))
-        return torch.cat(divergences[1:] or divergences)
+            divergences.append(temperature**2 * terms.sum(dim=1).mean())
+        return torch.stack(divergences) if divergences else student.new_zeros(0)
 
 
 def rows_kl(
@@ -106,11 +106,11 @@ def rows_kl(
         teachers = [t.detach().to(students[0].dtype) for t in teachers]
         if not teachers:
             return students[0].new_zeros(0)
-        if chunk_size is None or chunk_size >= stop - start:
+        if chunk_size is None or chunk_size >= len(students[0]):
             options = (start, temperature, exclude_self)
             matrices = (cosines(t)[start:stop] for t in teachers)
             own_matrices = (cosines(s)[start:stop] for s in students)
-            return one_by_one(own_matrices, matrices, options) / (stop - start)
+            return summed_kl(own_matrices, matrices, options) / (stop - start)
         scales = [1 / t.norm(dim=1).clamp_min(1e-12) for t in teachers]
 
         def chunk_kl(first: int, *units: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def rows_kl(
                 for t, scale in zip(teachers, scales, strict=True)
             )
             own_matrices = (unit[own] @ unit.T for unit in units)
-            return one_by_one(own_matrices, matrices, (first, temperature, exclude_self))
+            return summed_kl(own_matrices, matrices, (first, temperature, exclude_self))
 
         units, total = [unit_rows(s) for s in students], students[0].new_zeros(len(teachers))
         for first in range(start, stop, chunk_size):
@@ -131,7 +131,7 @@ def rows_kl(
         return total / (stop - start)
 
 
-def one_by_one(students: Iterable[Tensor], teachers: Iterable[Tensor], options: Options) -> Tensor:
+def summed_kl(students: Iterable[Tensor], teachers: Iterable[Tensor], options: Options) -> Tensor:
     """The sum over rows in place of the mean of ``similarity_kl``, with few matrices at a time."""
     first, *others = (log_relations(s, *options) for s in students)
     log_student = sum(others, start=first) / (1 + len(others)) if others else first

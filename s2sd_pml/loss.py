@@ -14,12 +14,11 @@ from .branches import Batch, make_branch, metric_loss
 from .capture import FeatureCapture
 from .counter import is_compiling
 from .functional import rows_kl, similarity_kl
-from .heads import POOLINGS, Pooling, ProjectionHead, Unowned, output_width
+from .heads import POOLINGS, Pooling, ProjectionHead, output_width
 from .optimizer import OptimizerGuard
 from .recipes import PAPER_HEAD_DIMS, Variants, plain
 from .similarity import Similarities, similarities
 from .spaces import Spaces
-from .students import Prefix, check_matryoshka_dims
 from .teachers import Schedule, TeacherWeight, has_weight
 from .wrapper import UnrecordedModuleDict
 
@@ -134,7 +133,7 @@ class S2SDLoss(Variants, Spaces):
         self.distill_weight, self.temperature = distill_weight, temperature
         self.feature_distill_weight = plain(feature_distill_weight)
         self.feature_distill_delay = feature_distill_delay
-        self.pooling = Unowned(pooling) if isinstance(pooling, nn.Module) else pooling
+        self.pooling = pooling
         self.exclude_self, self.chunk_size = exclude_self, chunk_size
         self.gather_distributed, self.teacher_weight = gather_distributed, teacher_weight
         self.head_dims = validation.check_dims("head_dims", head_dims)
@@ -151,14 +150,14 @@ class S2SDLoss(Variants, Spaces):
         validation.check_supported(self.loss)
         self.miner = miner
         size = embedding_size or cloning.embedding_size_of(self.loss)
-        self.matryoshka_dims = check_matryoshka_dims(matryoshka_dims, size)
+        self.matryoshka_dims = validation.check_matryoshka_dims(matryoshka_dims, size)
         self.branches, heads = UnrecordedModuleDict(), {}
         for dim in self.head_dims:
             assert self.feature_dim is not None
             g = validation.check_head(head(self.feature_dim, dim), self.feature_dim, dim)
             heads[f"head_{dim}"] = make_branch(g, dim, loss, miner)
         for k in self.matryoshka_dims:
-            self.branches[f"prefix_{k}"] = make_branch(Prefix(k), k, loss, miner)
+            self.branches[f"prefix_{k}"] = make_branch(nn.Identity(), k, loss, miner)
         self.branches.update(heads)
         cloning.check_independent("loss", self._losses.losses)
         cloning.check_independent("head", [branch.head for branch in self._branches.values()])
@@ -247,7 +246,9 @@ class S2SDLoss(Variants, Spaces):
         name, schedule = f"{kind}_weight", getattr(self, f"{kind}_weight")
         if isinstance(schedule, Mapping):
             name, schedule = f"{name}[{teacher!r}]", schedule[teacher]
-        return validation.weight_at(name, schedule, self.step if callable(schedule) else 0)
+        if callable(schedule):
+            return validation.check_weight(name, schedule(self.step), f" at step {self.step}")
+        return validation.check_weight(name, schedule)
 
     def _base_loss_alone(self, batch: Batch) -> Tensor:
         """The loss of the embeddings, as without S2SD."""

@@ -158,7 +158,7 @@ class OptimizerGuard:
         self._in_eval: list[weakref.ref[Tensor]] = []  # leaves that backward in eval() mode reached
 
     def check(self, heads: dict[str, nn.Module], embeddings: Tensor, counter: Any = None) -> None:
-        """Look once, in a training forward whose auxiliary losses have a gradient."""
+        """Look once, in a training forward whose losses have a gradient."""
         self._in_eval = []
         if is_compiling() or self._done:
             return
@@ -181,7 +181,7 @@ class OptimizerGuard:
         still = [n for n in trained if n not in self._stepped and self._stands(n, trained[n])]
         if still and self._model_steps >= self._patience:
             self._check_heads(still, trained)
-        elif trained and not still and self._steps >= PATIENCE:
+        elif (trained or not heads) and not still and self._steps >= PATIENCE:
             self._stop()
 
     def check_eval(self, loss: Tensor, embeddings: Tensor, module: nn.Module) -> None:

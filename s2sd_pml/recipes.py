@@ -53,16 +53,6 @@ class RecipeWeight(float):
     """``feature_distill_weight`` of a recipe: a variant without that term sets it to 0."""
 
 
-def recipe(name: str) -> dict[str, Any]:
-    """A new dictionary of the settings of that name."""
-    if name not in RECIPES:
-        raise ArgumentError(f"recipe={name!r} is none of {', '.join(map(repr, RECIPES))}.")
-    settings = dict(RECIPES[name])
-    settings["head_dims"] = RecipeDims(settings["head_dims"])
-    settings["feature_distill_weight"] = RecipeWeight(settings["feature_distill_weight"])
-    return settings
-
-
 def plain(weight: Any) -> Any:
     """A weight of a recipe as a float; anything else as it is."""
     return float(weight) if isinstance(weight, RecipeWeight) else weight
@@ -262,4 +252,9 @@ class Variants:
             (0.1, True)
             >>> loss_func = S2SDLoss(losses.NTXentLoss(), feature_dim=32, **settings)
         """
-        return recipe(name)
+        if name not in RECIPES:
+            raise ArgumentError(f"recipe={name!r} is none of {', '.join(map(repr, RECIPES))}.")
+        settings = dict(RECIPES[name])
+        settings["head_dims"] = RecipeDims(settings["head_dims"])
+        settings["feature_distill_weight"] = RecipeWeight(settings["feature_distill_weight"])
+        return settings

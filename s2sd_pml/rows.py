@@ -228,19 +228,17 @@ def _acts_on_rows(node: Any) -> bool:
         return True
     shape = _shape(node, 0)
     if shape is None:  # the rank is unknown: only the last dimension is surely no row
-        return any(_signed(d) not in (-1,) and _signed(d) <= 0 for d in dims)
+        return any(_signed(d) <= 0 and _signed(d) != -1 for d in dims)
     rank = len(shape) + node.name().startswith(("Select", "Unbind"))
     return 0 in [_from_zero(d, rank) for d in dims]
 
 
 def _dimensions(node: Any) -> list[int]:
     """The dimensions that the operation was given, as they were given."""
-    for names in (("_saved_dim",), ("_saved_dim0", "_saved_dim1"), ("_saved_dims",)):
-        values = [getattr(node, name) for name in names if hasattr(node, name)]
-        if values:
-            dims = values[0] if isinstance(values[0], (tuple, list)) else values
-            return [d for d in dims if d is not None]
-    return []
+    names = ("_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dims")
+    values = [getattr(node, name) for name in names if hasattr(node, name)]
+    dims = values[0] if values and isinstance(values[0], (tuple, list)) else values
+    return [d for d in dims if d is not None]
 
 
 def _from_zero(dim: int, rank: int) -> int:

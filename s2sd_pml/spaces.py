@@ -13,7 +13,6 @@ from .capture import FeatureCapture
 from .counter import is_compiling
 from .heads import Pooling, pool
 from .similarity import full_precision
-from .students import check_matryoshka_dims
 from .teachers import TeacherWeight, has_weight
 from .wrapper import LossWrapper
 
@@ -53,7 +52,7 @@ class Spaces(LossWrapper):
         with gather.agreement(embeddings, labels, self):
             validation.check_settings(self)
             validation.check_batch(embeddings, labels, indices_tuple, ref_emb, self.loss)
-            check_matryoshka_dims(self.matryoshka_dims, embeddings.shape[1])
+            validation.check_matryoshka_dims(self.matryoshka_dims, embeddings.shape[1])
             gather.check_gatherable(indices_tuple, ref_emb)
             outside = self._outside.checked(teachers, self.teacher_weight, embeddings)
             φ = self._features(features, embeddings, "features")
@@ -95,8 +94,7 @@ class Spaces(LossWrapper):
 
     def _students(self, embeddings: Tensor) -> list[Tensor]:
         """The embeddings, then their prefixes."""
-        prefixes = (self._branches[f"prefix_{k}"].head(embeddings) for k in self.matryoshka_dims)
-        return [embeddings, *prefixes]
+        return [embeddings, *(embeddings[:, :k] for k in self.matryoshka_dims)]
 
     def _project(self, features: Tensor | None) -> list[Tensor]:
         """g_i(φ) of every head."""

@@ -50,12 +50,6 @@ def check_weight(name: str, value: Any, when: str = "") -> float:
     return float(number)
 
 
-def weight_at(name: str, schedule: Any, step: int) -> float:
-    """A weight at a training step: the number itself, or what the schedule returns."""
-    when = f" at step {step}" if callable(schedule) else ""
-    return check_weight(name, schedule(step) if callable(schedule) else schedule, when)
-
-
 def check_settings(loss_func: Any) -> None:
     """The scalar settings of an S2SDLoss. Runs every step: they may be assigned in between."""
     names = ("distill_weight", "feature_distill_weight", "teacher_weight")
@@ -91,6 +85,18 @@ def check_dims(
     if len(set(given)) < len(given):
         raise ArgumentError(f"{name}={given} repeats a dimension. All must be different. {fix}.")
     return tuple(int(d) for d in given)
+
+
+def check_matryoshka_dims(dims: Sequence[int], size: int | None) -> tuple[int, ...]:
+    """Sizes of prefixes, each once and below the embedding size, where that is known."""
+    dims = check_dims("matryoshka_dims", dims, "Give each once")
+    if size is not None and (odd := [d for d in dims if d >= size]):
+        why = "is included already" if odd == [size] else f"has no prefix of size {max(odd)}"
+        raise ArgumentError(
+            f"matryoshka_dims={dims}, but the whole embedding, of size {size}, {why}. Build "
+            f"S2SDLoss(..., matryoshka_dims={tuple(d for d in dims if d < size)})."
+        )
+    return dims
 
 
 def check_parts(loss: Any, miner: Any, embedder: Any, trunk: Any, head: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .branches import Branch, MetricLosses
 from .counter import StepCounter, rename_step
 from .errors import ArgumentError
+from .heads import Unowned
 from .optimizer import add_to, param_groups
 from .teachers import OutsideTeachers
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 # What frameworks look for on a module to initialise or unwrap it: never the base loss's.
 NOT_FORWARDED = ("weight", "bias", "reset_parameters", "init_weights", "module")
-FIXED = ("head_dims", "feature_dim", "matryoshka_dims")
+FIXED = ("loss", "head_dims", "feature_dim", "matryoshka_dims")
 ONLY_AT_CONSTRUCTION = ("embedder", "trunk", "head", "embedding_size")
 SETTINGS = (
     "feature_dim head_dims distill_weight temperature feature_distill_weight feature_distill_delay "
@@ -141,6 +142,8 @@ class LossWrapper(ModuleWithRecords):  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
         check_assignable(self, name, value)
+        if name == "pooling" and isinstance(value, nn.Module):
+            value = Unowned(value)
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -151,26 +154,24 @@ class LossWrapper(ModuleWithRecords):  # type: ignore[misc]
             base = self.__dict__.get("_modules", {}).get("loss")
             if base is None or name.startswith("_"):
                 raise
-            if name in NOT_FORWARDED and hasattr(base, name):
-                raise AttributeError(
-                    f"S2SDLoss has no {name!r}. Use loss_func.loss.{name}."
-                ) from None
-            if not hasattr(base, name):
-                raise AttributeError(
-                    f"S2SDLoss has no {name!r}, and neither has loss_func.loss, the base loss "
-                    f"{type(base).__name__}."
-                ) from error
-            return getattr(base, name)
+            fix = f", and neither has loss_func.loss, the base loss {type(base).__name__}."
+            if hasattr(base, name):
+                if name not in NOT_FORWARDED:
+                    return getattr(base, name)
+                fix = f". Use loss_func.loss.{name}."
+            raise AttributeError(f"S2SDLoss has no {name!r}{fix}") from error
 
 
 def check_assignable(loss_func: nn.Module, name: str, value: Any) -> None:
     """An attribute that is not fixed when the loss is built, and is not the base loss's own."""
     held = {**loss_func.__dict__, **loss_func.__dict__.get("_modules", {})}
     is_ours = type(loss_func).__module__.startswith(__package__)  # a subclass may have more names
-    if (is_ours and name in ONLY_AT_CONSTRUCTION) or (name in FIXED and name in held):
+    wraps = isinstance(value, nn.Module) and held.get(name) in [*value.modules()]  # as FSDP does
+    if (is_ours and name in ONLY_AT_CONSTRUCTION) or (name in FIXED and name in held and not wraps):
+        seen = type(value).__name__ if isinstance(value, nn.Module) else value
         raise ArgumentError(
-            f"{name}={value!r} cannot be assigned: the loss is built for the {name} it was given. "
-            f"Build a new one, S2SDLoss(..., {name}=...)."
+            f"{name}={seen} cannot be assigned: all spaces are built for the {name} that was "
+            f"given. Build a new S2SDLoss(..., {name}=...)."
         )
     if not is_ours or "_guard" not in held or name in held or name.startswith("_"):
         return  # a subclass's, under construction, or ours

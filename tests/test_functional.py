@@ -12,6 +12,7 @@ from helpers import plain_kl
 from hypothesis import given, settings
 from torch.utils.flop_counter import FlopCounterMode
 
+from s2sd_pml import functional
 from s2sd_pml.errors import ArgumentError, BatchError
 from s2sd_pml.functional import relation_kl, relation_kl_reference, rows_kl
 
@@ -138,6 +139,15 @@ def test_a_part_of_the_rows_is_their_own_mean():
     assert len({round(float(row), 9) for row in rows}) == 6
     found = rows_kl([student], teachers, (2, 5), 1.0, False, 2)
     torch.testing.assert_close(found, torch.stack(rows[2:5]).mean(dim=0), **EXACT)
+
+
+def test_a_rank_with_few_rows_makes_no_matrix_of_the_whole_batch(monkeypatch):
+    student, teachers = batch(9, 4)
+    want = rows_kl([student], teachers, (2, 5), 1.0, False, None)
+    monkeypatch.setattr(functional, "cosines", None)  # of all rows
+    for chunk_size in (3, 8):
+        found = rows_kl([student], teachers, (2, 5), 1.0, False, chunk_size)
+        torch.testing.assert_close(found, want, **EXACT)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])

@@ -124,6 +124,7 @@ def test_frozen_heads_a_frozen_model_and_no_heads_are_quiet():
     assert not run(model, loss_func, torch.optim.SGD(model.parameters(), lr=0.1))
     model, loss_func = make(head_dims=())
     assert not run(model, loss_func, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert loss_func._guard._done
     model, loss_func = make()
     model.trunk.requires_grad_(False)
     assert not run(model, loss_func, torch.optim.SGD(loss_func.parameters(), lr=0.1))

@@ -314,7 +314,7 @@ def test_checks_and_attributes_are_compiled_without_a_graph_break():
             validation.check_settings(self)
             validation.check_batch(embeddings, labels, None, None, self.loss)
             validation.check_rows(embeddings, embeddings, "features")
-            value = embeddings.sum() * validation.weight_at("w", self.feature_distill_weight, 3)
+            value = embeddings.sum() * validation.check_weight("w", self.feature_distill_weight(3))
             refusals.check_loss_value(value, self.loss)
             self.components = {"base": value.detach()}
             return value * len(self.head_dims) * self.distance.p

@@ -20,6 +20,25 @@ def proxies_loss(**kwargs):
     return S2SDLoss(losses.ProxyAnchorLoss(4, 6), **settings)
 
 
+def test_another_base_loss_cannot_be_assigned_but_a_wrapper_of_it():
+    loss_func = proxies_loss()
+    with pytest.raises(ArgumentError, match=r"loss=TripletMarginLoss cannot be assigned.*loss="):
+        loss_func.loss = LOSS
+    assert type(loss_func.loss) is losses.ProxyAnchorLoss
+    loss_func.loss = wrapped = nn.Sequential(loss_func.loss)
+    assert loss_func.loss is wrapped
+
+
+def test_a_module_assigned_as_pooling_stays_the_models():
+    loss_func = proxies_loss()
+    before = [*loss_func.state_dict()]
+    loss_func.pooling = nn.Linear(20, 12)
+    assert loss_func.project(torch.randn(5, 20))[8].shape == (5, 8)
+    assert [*loss_func.state_dict()] == before
+    loss_func.pooling = "avg"
+    assert loss_func.project(torch.randn(5, 12, 2, 2))[8].shape == (5, 8)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

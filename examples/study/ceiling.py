@@ -64,13 +64,7 @@ def measure(args: argparse.Namespace, run: Run, split: Any, sizes: list[int]) ->
 
     def row(method: str, size: int, embeddings: Tensor) -> Row:
         recall = recall_at_k(embeddings, tested.labels, ks=(1,))[METRIC]
-        return {
-            "method": method,
-            "size": size,
-            "seed": args.seed,
-            METRIC: recall,
-            **settings,
-        }
+        return {"method": method, "size": size, "seed": args.seed, METRIC: recall, **settings}
 
     rows = []
     for size in sizes:
@@ -93,22 +87,9 @@ def parser() -> argparse.ArgumentParser:
     """Sizes and seeds; what it does not know goes to train.py."""
     main = Parser(description=__doc__.splitlines()[0], epilog=options.study_help())
     add = main.add_argument
-    add(
-        "--sizes",
-        type=positive,
-        nargs="+",
-        default=[8, 16, 32, 64],
-        metavar="D",
-        help="embedding sizes",
-    )
-    add(
-        "--seeds",
-        type=count,
-        nargs="+",
-        default=[0, 1, 2, 3, 4],
-        metavar="N",
-        help="one training each",
-    )
+    several: dict[str, Any] = {"nargs": "+", "metavar": "N"}
+    add("--sizes", type=positive, **several, default=[8, 16, 32, 64], help="embedding sizes")
+    add("--seeds", type=count, **several, default=[0, 1, 2, 3, 4], help="one training each")
     return main
 
 

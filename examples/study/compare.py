@@ -37,14 +37,7 @@ from trainer import options
 from trainer.flags import Parser
 from trainer.tables import REFIT
 
-from study.summary import (
-    BASE,
-    Row,
-    draw,
-    draw_differences,
-    names,
-    table,
-)
+from study.summary import BASE, Row, draw, draw_differences, names, table
 
 LARGE = 512  # dimensions of what is cut down by PCA, and of the teacher of two-stage distillation
 CUTS = "4 8 16 32 64 128 256"

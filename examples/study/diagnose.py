@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,12 +28,9 @@ from trainer import objectives, options, report, stop, training
 from trainer.evaluate import recall_at_k
 from trainer.images import Batches
 from trainer.network import pool
+from trainer.plots import save, tidy
 from trainer.reach import PAPERS
 from trainer.spaces import rho
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 
 SHOWN = {
     "base": ("½ base", "#7f7f7f"),
@@ -145,11 +142,8 @@ def draw(rows: list[Row], path: Path) -> None:
     grid[2].set(title="correlation of the student's similarities")
     for axes in grid:
         axes.set_xlabel("step")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        tidy(axes, fontsize=8)
+    save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -236,19 +236,21 @@ def train_group(
         args = options.parse(options.parser(), [*cell.flags, *cell.output, "--device", device])
         args.steps_per_epoch = group.crops.args.steps_per_epoch
         lanes.append(Lane(cell, args, tests[flags], store, labels))
-    start = time.time()
+    on_gpu = lanes[0].on_gpu
+    start, first = time.time(), min(10, group.steps // 2)  # step that is timed, once all is built
     for step in range(group.steps):
+        if step == first:
+            if on_gpu:
+                torch.cuda.synchronize()
+            built = time.time()
         for one in lanes:
             one.advance(step)
-        if step == 10 and lanes[0].on_gpu:
-            torch.cuda.synchronize()
-            built = time.time()
-    if lanes[0].on_gpu:
+    if on_gpu:
         torch.cuda.synchronize()
     end = time.time()
     for one in lanes:
         one.finish((end - start) / len(lanes))
-    each = 1e3 * (end - built) / (group.steps - 10) / len(lanes) if lanes[0].on_gpu else 0
+    each = 1e3 * (end - built) / (group.steps - first) / len(lanes)
     print(
         f"[{number}] {len(lanes)} cells x {group.steps}: waited {waited:.0f} s, built "
         f"{start - started - waited:.0f} s, trained {end - start:.1f} s ({each:.2f} ms a step), "

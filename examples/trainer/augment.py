@@ -41,14 +41,3 @@ def affine(
     matrices = torch.stack(rows, dim=1).to(images.device)
     grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
-
-
-class RandomAffine:
-    """The same for images without seeds: it draws from a generator of its own."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        numbers = 2 * torch.rand(len(images), AFFINE, generator=self.generator) - 1
-        return affine(images, numbers)

@@ -26,11 +26,7 @@ def write(model: Network, path: Path, images: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     model.trunk.__dict__.pop("forward", None)  # a compiled one rounds otherwise
     model.to(memory_format=torch.channels_last)  # as it will be loaded
-    content = {
-        "kind": KIND,
-        "description": model.description,
-        "state_dict": model.state_dict(),
-    }
+    content = {"kind": KIND, "description": model.description, "state_dict": model.state_dict()}
     checkpoint.write(content, path)
     loaded = load(path).to(next(model.parameters()).device)
     found, want = apply(loaded, images), apply(model, images)
