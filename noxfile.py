@@ -33,7 +33,6 @@ MUTATED = {
     "tests/test_counter.py",
     "spaces": f"{STEP} tests/test_teachers.py tests/test_matryoshka.py tests/test_distributed.py",
     "teachers": "tests/test_teachers.py tests/test_teachers_distributed.py",
-    "students": "tests/test_matryoshka.py tests/test_matryoshka_training.py",
     "branches": "tests/test_branches.py tests/test_stacking.py",
     "stacking": "tests/test_stacking.py",
     "similarity": "tests/test_similarity.py",
