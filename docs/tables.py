@@ -112,6 +112,8 @@ RESULTS = [  # data and training, result file, S2SD's method, the baseline, size
     ("emoji, both with a refitted embedder", "emoji-gpu", SMALL + REFITTED, "base" + REFITTED,
      (16, 32)),
     ("icons-400, from scratch", "icons-400-from-scratch", "MSDF", "base", (16,)),
+    ("242 other concepts, from scratch", "icons-242", "MSDF", "base", (16,)),
+    ("685 other concepts, from scratch", "icons-685", "MSDF", "base", (16,)),
 ]  # fmt: skip
 
 
@@ -323,6 +325,20 @@ def validation() -> str:
     return table(["", *columns], [["seeds", *seeds], *lines])
 
 
+def rates() -> str:
+    """Defaults and recipe by learning rate, on held-out training classes of CUB."""
+    lines = []
+    for rate in (3e-5, 1e-4, 3e-4):
+        found = rows("cub-64-pixels-validation", lr=rate)
+        cells = [mean(found, summary.BASE, 128)]
+        for method in ("MSDF", SMALL):
+            gain = difference(found, method, 128)
+            cells.append(f"{mean(found, method, 128)} ({gain.text})")
+        seeds = len(summary.values(found, summary.BASE, 128))
+        lines.append([f"{rate:.0e}".replace("e-0", "e-"), *cells, str(seeds)])
+    return table(["learning rate", "base", "the defaults", "`high-rate`", "seeds"], lines)
+
+
 def batches() -> str:
     """What S2SD gains, by the classes in a batch."""
     lines = []
@@ -347,6 +363,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gains": gains,
     "matryoshka": matryoshka,
     "prefixes": prefixes,
+    "rates": rates,
     "results": results,
     "teachers": teachers,
     "validation": validation,

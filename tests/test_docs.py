@@ -11,7 +11,7 @@ import train
 from pml import loss_names, miner_names
 from snippets import run
 from study import ceiling, compare
-from trainer import config, image_sets, options
+from trainer import config, icons, image_sets, options
 from trees import cub200, folder
 
 import s2sd_pml
@@ -71,6 +71,7 @@ def test_commands_are_understood(page, tmp_path, capsys):
         root = tmp_path / ("cub200" if published else "folder")
         first = str(ROOT / "examples/study/first.yaml")
         here = {"DIR": str(root), "photos": str(root), "examples/study/first.yaml": first}
+        here |= dict.fromkeys(("icons-242.npz", "icons-685.npz"), str(icons.PATH))
         flags = [here.get(flag, flag) for flag in flags]
         args = options.parse(options.parser(), [*flags, "--output", str(tmp_path / "out")])
         if args.root or args.dataset == "icons400":
